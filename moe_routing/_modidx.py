@@ -37,4 +37,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'moe_routing.settings._as': ('settings.html#_as', 'moe_routing/settings.py'),
                                       'moe_routing.settings.find_root': ('settings.html#find_root', 'moe_routing/settings.py'),
                                       'moe_routing.settings.load_settings': ('settings.html#load_settings', 'moe_routing/settings.py'),
-                                      'moe_routing.settings.load_study': ('settings.html#load_study', 'moe_routing/settings.py')}}}
+                                      'moe_routing.settings.load_study': ('settings.html#load_study', 'moe_routing/settings.py')},
+            'moe_routing.timing': { 'moe_routing.timing.compare_times': ('timing.html#compare_times', 'moe_routing/timing.py'),
+                                    'moe_routing.timing.median_interval': ('timing.html#median_interval', 'moe_routing/timing.py')}}}
