@@ -12,11 +12,6 @@ from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 
-import torch
-import yaml
-
-from .core import known
-
 # %% ../nbs/01_settings.ipynb #c217c057
 def find_root(start: str | Path | None = None,   # where to begin looking; default: the working directory
              ) -> Path:
@@ -42,13 +37,23 @@ class Settings:
     figure_dpi: int = 300                      # of PNG figures
     trust_remote_code: bool = False            # may a checkpoint's own code run?
 
-    def torch_device(self) -> torch.device:
-        "The device to compute on."
+    def torch_device(self):
+        "The torch.device to compute on."
+        import torch
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(auto if self.device == "auto" else self.device)
-    def torch_dtype(self) -> torch.dtype | str:
-        "The precision to load checkpoints in, or 'auto'."
+    def torch_dtype(self):
+        "The torch.dtype to load checkpoints in, or 'auto'."
+        import torch
         return self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+
+# %% ../nbs/01_settings.ipynb #c47da02e
+def _known(key: str, keys, what: str, where: str):
+    "`core.known` with the file's name in front, imported only to refuse: it brings torch along."
+    if key in keys: return
+    from moe_routing.core import known
+    try: known(key, keys, what)
+    except ValueError as e: raise ValueError(f"{where}: {e}") from None
 
 # %% ../nbs/01_settings.ipynb #cb26a941
 _YES, _NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
@@ -82,8 +87,7 @@ def load_settings(start: str | Path | None = None,     # where to look for setti
     given |= {k[12:].lower(): (v, f"environment variable {k}") for k, v in environ.items() if k.startswith("MOE_ROUTING_")}
     values = {"root": root}
     for key, (value, where) in given.items():
-        try: known(key, kinds, "key")
-        except ValueError as e: raise ValueError(f"{where}: {e}") from None
+        _known(key, kinds, "key", where)
         values[key] = _as(value, key, kinds[key], where, root)
     for key in set(kinds) - set(values):
         if kinds[key] is Path: values[key] = (root / getattr(Settings, key)).resolve()
@@ -99,6 +103,7 @@ class Study:
     groups: dict[str, dict]                     # name -> {base:, grid: {parameter: [values]}} or {base:, list: [{parameter: value}]}
     base: dict = field(default_factory=dict)    # parameters that all runs share
     seeds: tuple[int, ...] = (0,)
+    prepare: str = ""                           # a template that is run once before all others, with the parameters of `base` it knows
     report: str = ""                            # a report of moe_routing.reports to build from the finished runs
     report_options: dict = field(default_factory=dict)
 
@@ -120,21 +125,22 @@ def load_study(path: str | Path,                # a YAML file
     path = Path(path)
     if not path.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        known(path.stem, there, f"study in {path.parent}")
+        _known(path.stem, there, "study", str(path.parent))
+    import yaml
     try: raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as e: raise ValueError(f"{path}: not valid YAML: {e}") from None
     if not isinstance(raw, dict): raise ValueError(f"{path}: a study is a mapping with question, template and groups")
+    for key in raw: _known(key, [f.name for f in fields(Study) if f.name != "name"], "key", str(path))
     try:
-        for key in raw: known(key, [f.name for f in fields(Study) if f.name != "name"], "key")
         for key in ("question", "template", "groups"):
             if key not in raw: raise ValueError(f"key {key!r} is missing")
         for group, plan in raw["groups"].items():
-            for key in plan: known(key, ["base", "grid", "list", "each"], f"key in group {group!r}")
+            for key in plan: _known(key, ["base", "grid", "list", "each"], f"key in group {group!r}", str(path))
             if ("grid" in plan) == ("list" in plan): raise ValueError(f"group {group!r} needs either grid or list")
             if not (plan.get("grid") or plan.get("list")): raise ValueError(f"group {group!r} is empty")
         study = Study(name=path.stem, **{k: tuple(v) if k == "seeds" else v for k, v in raw.items()})
         points = [yaml.safe_dump({k: v for k, v in p.items() if k != "group"}, sort_keys=True) for p in study.points()]
         twice = [p for p in points if points.count(p) > 1]
         if twice: raise ValueError(f"the same run is listed twice: {twice[0]}")
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    except ValueError as e: raise e if str(path) in str(e) else ValueError(f"{path}: {e}") from None
     return study
