@@ -1,0 +1,59 @@
+# Every target sets up .venv by itself when it is missing or older than the dependency files.
+.DEFAULT_GOAL := help
+STUDY ?= bh_sweep
+OVERRIDES = $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA)) $(if $(LIMIT),limit=$(LIMIT))
+VENV := .venv/bin
+# python3 if it is new enough, else the newest that is found
+FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
+
+.PHONY: help run test lab figures bench status check check-data notebooks readme clean
+
+help:
+	@echo "make run          the main study ($(STUDY)); STUDY=smoke for a small one; MODEL=allenai/OLMoE-1B-7B-0924 for another model; FRESH=1 redoes stale runs"
+	@echo "make test         everything CI checks: notebooks, package in sync, README, pytest"
+	@echo "make status       runs finished, failed, stale and running, by study"
+	@echo "make check-data   a small study on real WikiText-2, LAMBADA, HellaSwag and ARC-Challenge from data_dir of settings.ini"
+	@echo "make lab          JupyterLab on the book        make figures   draw again from finished runs"
+	@echo "make bench        the speed and quality claims, measured    make notebooks  export, test and clean after an edit"
+	@echo "make clean        delete what can be made again: .venv, cache"
+
+.venv/ready: pyproject.toml constraints.txt
+	@python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { echo "no Python 3.11 or newer was found: install one"; exit 1; }; \
+	  echo "setting up .venv (a few minutes the first time)"; rm -rf .venv; $$python -m venv .venv
+	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+run: .venv/ready
+	@$(VENV)/python -m moe_routing run $(STUDY) $(OVERRIDES) $(if $(FRESH),--fresh)
+
+check-data: .venv/ready
+	@$(VENV)/python -m moe_routing run check_data $(if $(FRESH),--fresh)
+
+status: .venv/ready
+	@$(VENV)/python -m moe_routing status
+
+figures: .venv/ready
+	@$(VENV)/python -m moe_routing report $(STUDY) $(OVERRIDES)
+
+lab: .venv/ready
+	@$(VENV)/jupyter lab nbs
+
+bench: .venv/ready
+	@$(VENV)/python -m moe_routing bench
+
+check: .venv/ready
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 tests
+
+test: .venv/ready
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV):$$PATH" $(VENV)/nbdev-test --n-workers 2 --pause .2
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV):$$PATH" $(VENV)/python -m pytest -n 2 tests
+
+notebooks: .venv/ready
+	@PATH="$(CURDIR)/$(VENV):$$PATH"; nbdev-export && HF_HUB_OFFLINE=1 nbdev-test --n-workers 2 --save && nbdev-clean && $(VENV)/python -m moe_routing readme
+
+readme: .venv/ready
+	@$(VENV)/python -m moe_routing readme
+
+clean:
+	rm -rf .venv cache .snakemake

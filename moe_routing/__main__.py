@@ -1,0 +1,44 @@
+"""The command line: `python -m moe_routing run STUDY [parameter=value ...]`, and what the Snakefile calls."""
+import argparse
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_routing", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser("run", help="run a study with Snakemake and build its report")
+    run.add_argument("study", help="a file of papermill_runs/studies, without .yaml")
+    run.add_argument("overrides", nargs="*", metavar="parameter=value", help="replaces a parameter in every run, e.g. model=allenai/OLMoE-1B-7B-0924")
+    run.add_argument("--cores", type=int, help="processes at once (default: all cores)")
+    run.add_argument("--fresh", action="store_true", help="do runs again that were made by other code")
+    one = verbs.add_parser("execute", help="do one run of a study (called by the Snakefile)")
+    one.add_argument("study")
+    one.add_argument("name", help="folder name of the run, or 'prepare'")
+    one.add_argument("overrides", nargs="*", metavar="parameter=value")
+    one.add_argument("--threads", type=int, default=1)
+    report = verbs.add_parser("report", help="build the report of a study from its finished runs")
+    report.add_argument("study")
+    report.add_argument("overrides", nargs="*", metavar="parameter=value")
+    verbs.add_parser("status", help="runs finished, failed, stale and running, by study")
+    args, more = parser.parse_known_args()
+    if more and args.verb != "run": parser.error(f"unknown arguments: {' '.join(more)}")
+
+    from moe_routing import runs
+    try:
+        if args.verb == "run":
+            return runs.run_study(args.study, runs.parse_overrides(args.overrides), args.cores, args.fresh, more)
+        if args.verb == "status":
+            runs.print_status()
+        elif args.verb == "execute":
+            runs.execute(runs.plan_study(args.study, runs.parse_overrides(args.overrides)), args.name, threads=args.threads)
+        else:
+            from moe_routing.reports import build_report
+            print("report:", build_report(runs.plan_study(args.study, runs.parse_overrides(args.overrides))))
+    except (ValueError, RuntimeError, OSError, TimeoutError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
