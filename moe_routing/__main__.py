@@ -19,6 +19,9 @@ def main() -> int:
     report = verbs.add_parser("report", help="build the report of a study from its finished runs")
     report.add_argument("study")
     report.add_argument("overrides", nargs="*", metavar="parameter=value")
+    bench = verbs.add_parser("bench", help="measure the speed and quality claims, a ratio in one process each")
+    bench.add_argument("names", nargs="*", help="templates nbs/runs/bench_<name>.ipynb (default: all)")
+    verbs.add_parser("readme", help="write README.md from nbs/index.ipynb")
     verbs.add_parser("status", help="runs finished, failed, stale and running, by study")
     args, more = parser.parse_known_args()
     if more and args.verb != "run": parser.error(f"unknown arguments: {' '.join(more)}")
@@ -29,6 +32,12 @@ def main() -> int:
             return runs.run_study(args.study, runs.parse_overrides(args.overrides), args.cores, args.fresh, more)
         if args.verb == "status":
             runs.print_status()
+        elif args.verb == "readme":
+            from moe_routing._readme import write_readme
+            print(write_readme(runs.find_root()))
+        elif args.verb == "bench":
+            from moe_routing.reports import run_benchmarks
+            print(run_benchmarks(args.names))
         elif args.verb == "execute":
             runs.execute(runs.plan_study(args.study, runs.parse_overrides(args.overrides)), args.name, threads=args.threads)
         else:

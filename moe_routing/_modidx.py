@@ -49,6 +49,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'moe_routing.runs._package': ('runs.html#_package', 'moe_routing/runs.py'),
                                   'moe_routing.runs._progress': ('runs.html#_progress', 'moe_routing/runs.py'),
                                   'moe_routing.runs._read': ('runs.html#_read', 'moe_routing/runs.py'),
+                                  'moe_routing.runs._refuse_if_running': ('runs.html#_refuse_if_running', 'moe_routing/runs.py'),
                                   'moe_routing.runs._run_names': ('runs.html#_run_names', 'moe_routing/runs.py'),
                                   'moe_routing.runs._slug': ('runs.html#_slug', 'moe_routing/runs.py'),
                                   'moe_routing.runs._steering': ('runs.html#_steering', 'moe_routing/runs.py'),

@@ -182,25 +182,24 @@ class Run:
                metrics: dict,                      # name -> number, None or a short list
                documents: dict | None = None,      # columns of equal length, one entry a document
                tokens_per_s: float | None = None,
-               files: list | None = None,          # paths that belong to the run, beside run.json and run.ipynb
+               files: list | None = None,          # further files of the run, relative to the study's folder
                optimizer: str | None = None,       # of a training run
                notes: dict | None = None,          # resolved names: data source, model fingerprint, null, ...
               ) -> dict:
         "Hand the result over; it becomes part of run.json. Returns it."
         import resource
-
-        import torch
         from importlib.metadata import PackageNotFoundError, version
         def found(name):
             try: return version(name)
             except PackageNotFoundError: return None
-        gpu = torch.cuda.is_available()
+        torch = sys.modules.get("torch")           # a template that did not need torch has no devices to report
+        gpu = torch is not None and torch.cuda.is_available()
         result = {"metrics": metrics, "documents": documents or {}, "tokens_per_s": tokens_per_s, "optimizer": optimizer, "notes": notes or {},
                   "files": sorted(map(str, files or [])), "kernel_seconds": round(time.time() - self.start, 3),
                   "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
                   "peak_gpu_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if gpu else None,
                   "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if gpu else ["cpu"],
-                  "threads": torch.get_num_threads(),
+                  "threads": torch.get_num_threads() if torch else None,
                   "versions": {n: found(n) for n in ("torch", "transformers", "tokenizers", "datasets", "numpy", "papermill")}}
         if self.folder: write_atomic(self.folder / "result.json", json.dumps(result))
         return result
@@ -333,7 +332,7 @@ def run_state(folder: Path,                        # of a run
     if _alive(_read(folder / "owner.json")): return "running"
     if record is None: return "open"
     if record["status"] != "finished": return "failed" if record["status"] == "failed" else "open"
-    if not all((folder.parent / f).exists() for f in record.get("files", [])): return "open"
+    if any(not (folder.parent / f).exists() for f in record.get("files", [])): return "open"
     return "finished" if record["code"] == code else "stale"
 
 # %% ../nbs/70_runs.ipynb #c331f679
@@ -360,6 +359,14 @@ def _steering(root: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
+def _refuse_if_running(plan, root: Path) -> Path:
+    "The file that names the process which steers a study; RuntimeError when that process lives."
+    file = _steering(root) / f"{plan.folder.name}.json"
+    owner = _read(file)
+    if _alive(owner) and owner["pid"] != os.getpid():
+        raise RuntimeError(f"study {plan.folder.name} is being run by process {owner['pid']}: wait for it, watch it with `make status`, or stop it first")
+    return file
+
 # %% ../nbs/70_runs.ipynb #cc6ec21b
 def recover(plan: Plan,
             root: Path | None = None,
@@ -367,10 +374,7 @@ def recover(plan: Plan,
            ) -> dict[str, list[str]]:              # state -> names of runs
     "Make a study safe to start: end survivors, clear the lock of a dead owner, drop markers that no longer hold. RuntimeError when it is running."
     root = Path(root or find_root())
-    owner_file = _steering(root) / f"{plan.folder.name}.json"
-    owner = _read(owner_file)
-    if _alive(owner) and owner["pid"] != os.getpid():
-        raise RuntimeError(f"study {plan.folder.name} is being run by process {owner['pid']}: wait for it, watch it with `make status`, or stop it first")
+    owner_file = _refuse_if_running(plan, root)
     write_atomic(owner_file, json.dumps({**_identity(), "since": time.time()}))
     for lock in (root / ".snakemake" / "locks").glob("*.lock"):
         if plan.folder.name + os.sep in lock.read_text(): lock.unlink(missing_ok=True)
@@ -465,6 +469,7 @@ def run_study(name: str,                           # study
     "Run a study with Snakemake, then say where the report lies or what failed."
     root = find_root()
     plan = plan_study(name, overrides, root)
+    _refuse_if_running(plan, root)
     stale = study_status(plan, root).get("stale", [])
     if stale and not fresh: print(f"{len(stale)} finished runs were made by other code and will not be published: FRESH=1 does them again")
     config = ["--config", *(f"{k}={v}" for k, v in plan.overrides.items())] if plan.overrides else []

@@ -1,0 +1,177 @@
+"""Runs and studies: parameters, identity, state; and what is left after a kill -9 at any moment."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+
+from conftest import ROOT
+from moe_routing import runs
+
+TEMPLATE = '''from moe_routing.runs import Run
+run = Run(out)
+import time
+from pathlib import Path
+for step in range(int(seconds * 10)):
+    time.sleep(.1)
+if alpha > 1: raise ValueError(f"alpha = {alpha} is outside (0, 1)")
+if out:
+    log = Path(out).parent / "logs" / f"{alpha}.txt"
+    log.parent.mkdir(exist_ok=True)
+    log.write_text(f"alpha {alpha}")
+    run.finish(metrics={"twice": 2 * alpha}, files=[f"logs/{alpha}.txt"])'''
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "A repository with one template and one study of three runs."
+    (tmp_path / "nbs" / "runs").mkdir(parents=True)
+    (tmp_path / "settings.ini").write_text("[moe_routing]\ndevice = cpu\n")
+    shutil.copytree(ROOT / "moe_routing", tmp_path / "moe_routing", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "papermill_runs" / "studies").mkdir(parents=True)
+    shutil.copy(ROOT / "papermill_runs" / "Snakefile", tmp_path / "papermill_runs")
+    shutil.copytree(ROOT / "papermill_runs" / "profiles", tmp_path / "papermill_runs" / "profiles")
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}, cells=[
+        nbformat.v4.new_code_cell('alpha = 0.3\nseconds = 0.0\nseed = 0\nout = ""', metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(TEMPLATE)])
+    nbformat.write(nb, tmp_path / "nbs" / "runs" / "demo.ipynb")
+    study(tmp_path, [.1, .2, .3], seconds=0)
+    return tmp_path
+
+
+def study(lab, alphas, seconds):
+    (lab / "papermill_runs" / "studies" / "demo.yaml").write_text(
+        f"question: q\ntemplate: demo\nbase: {{seconds: {seconds}}}\ngroups: {{all: {{grid: {{alpha: {alphas}}}}}}}\n")
+
+
+def start(lab, verb=("run", "demo", "--cores", "2")):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(lab)}
+    return subprocess.Popen([sys.executable, "-m", "moe_routing", *verb], cwd=lab, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish(lab, *verb):
+    process = start(lab, *([verb] if verb else []))
+    return process.communicate(timeout=180)[0], process.returncode
+
+
+def logs(lab):
+    return {p.name: p.read_text() for p in (lab / "papermill_runs" / "demo" / "logs").iterdir()}
+
+
+def our_processes(lab):
+    found = []
+    for p in psutil.process_iter(["cmdline", "cwd"]):
+        if p.info["cwd"] == str(lab) and p.pid != os.getpid() and p.info["cmdline"]: found.append(p)
+    return found
+
+
+def find(lab, kind):
+    words = {"snakemake": "snakemake", "papermill": "execute", "kernel": "ipykernel_launcher"}[kind]
+    return [p for p in our_processes(lab) if any(words in a for a in p.info["cmdline"]) and "sh" != p.info["cmdline"][0].split("/")[-1][-2:]]
+
+
+def wait_for(what, seconds=60):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := what(): return found
+        time.sleep(.1)
+    raise AssertionError("nothing came")
+
+
+def test_a_study_runs_once_and_a_second_time_does_nothing(lab):
+    study(lab, [.1, .2], seconds=0)
+    text, code = finish(lab)
+    assert code == 0 and "2 of 2 runs finished" in text
+    times = {p: p.stat().st_mtime_ns for p in (lab / "papermill_runs" / "demo").rglob("run.json")}
+    assert len(times) == 2
+    text, code = finish(lab)
+    assert code == 0 and {p: p.stat().st_mtime_ns for p in times} == times
+    next(iter((lab / "papermill_runs" / "demo" / "logs").iterdir())).unlink()   # a result that lost a file is not finished
+    text, code = finish(lab)
+    assert code == 0 and len(logs(lab)) == 2 and sum(p.stat().st_mtime_ns != t for p, t in times.items()) == 1
+
+
+def test_one_failure_does_not_stop_the_rest_and_is_named(lab):
+    study(lab, [.1, 7, .3], seconds=0)
+    text, code = finish(lab)
+    assert code != 0 and "2 of 3 runs finished" in text
+    assert [line for line in text.splitlines() if line.startswith("failed:") and "alpha = 7 is outside (0, 1)" in line]
+    failed = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "demo").glob("7*/run.json")]
+    assert failed[0]["status"] == "failed" and (lab / "papermill_runs" / "demo").glob("7*/run.ipynb")
+    assert "failed 1" in finish(lab, "status")[0]
+
+
+@pytest.mark.parametrize("victim", ["snakemake", "papermill", "kernel", "everything"])
+def test_kill_9_and_the_same_command_goes_on(lab, victim):
+    study(lab, [.1, .2, .3], seconds=2)
+    first = start(lab)
+    wait_for(lambda: list((lab / "papermill_runs" / "demo").glob("*/kernel.json")))
+    if victim == "everything": os.killpg(first.pid, signal.SIGKILL)
+    else:
+        for p in wait_for(lambda: find(lab, victim))[:1]: p.send_signal(signal.SIGKILL)
+    if victim in ("snakemake", "everything"):
+        first.wait(timeout=60)
+    else:
+        first.communicate(timeout=180)
+    text, code = finish(lab)
+    assert code == 0, text
+    assert logs(lab) == {f"{a}.txt": f"alpha {a}" for a in (.1, .2, .3)}
+    assert "3 of 3 runs finished" in text
+    wait_for(lambda: not find(lab, "kernel") and not find(lab, "papermill"), 20)
+
+
+def test_a_second_start_beside_a_living_one_is_refused(lab):
+    study(lab, [.1, .2], seconds=3)
+    first = start(lab)
+    wait_for(lambda: list((lab / "papermill_runs" / "demo").glob("*/kernel.json")))
+    text, code = finish(lab)
+    assert code != 0 and "is being run by process" in text
+    assert first.communicate(timeout=120) and first.returncode == 0
+
+
+def test_stale_runs_are_shown_and_redone_when_asked(lab):
+    study(lab, [.1], seconds=0)
+    finish(lab)
+    template = lab / "nbs" / "runs" / "demo.ipynb"
+    template.write_text(template.read_text().replace("2 * alpha", "3 * alpha"))
+    assert "stale 1" in finish(lab, "status")[0]
+    text, _ = finish(lab)
+    assert "1 finished runs were made by other code" in text
+    assert runs.load_runs(lab / "papermill_runs" / "demo", template_root=lab).empty
+    finish(lab, "run", "demo", "--fresh", "--cores", "2")
+    assert "finished 1" in finish(lab, "status")[0]
+
+
+def test_misspelt_parameter_and_study_are_refused_before_anything_runs(lab):
+    (lab / "papermill_runs" / "studies" / "demo.yaml").write_text("question: q\ntemplate: demo\ngroups: {all: {grid: {alhpa: [1]}}}\n")
+    text, code = finish(lab)
+    assert code == 1 and "'alpha'" in text and "demo.yaml" in text and not (lab / "papermill_runs" / "demo").exists()
+    text, code = finish(lab, "run", "demmo")
+    assert code == 1 and "'demo'" in text
+
+
+def test_gpus_are_handed_out_one_to_a_run(lab, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    (lab / "settings.ini").write_text("[moe_routing]\n")
+    assert runs.visible_gpus() == ["0", "1"]
+    with runs._one_gpu(lab):
+        first = os.environ["CUDA_VISIBLE_DEVICES"]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        with runs._one_gpu(lab): second = os.environ["CUDA_VISIBLE_DEVICES"]
+    assert {first, second} == {"0", "1"}
+
+
+@pytest.mark.parametrize("text, words", [
+    ("question: q\ntemplate: demo\n", "'groups' is missing"),
+    ("question: q\ntemplate: demo\ngroups: {a: {grid: {}}}\n", "is empty"),
+    ("question: q\ntemplate: demo\ngroups: {a: {list: [{alpha: 1}, {alpha: 1}]}}\n", "listed twice"),
+    ("question: q\ntemplate: nothing\ngroups: {a: {list: [{alpha: 1}]}}\n", "no template"),
+    ("question: [q\n", "not valid YAML")])
+def test_faulty_studies_name_file_and_fault(lab, text, words):
+    (lab / "papermill_runs" / "studies" / "demo.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words): runs.plan_study("demo", root=lab)
