@@ -100,7 +100,7 @@ def test_ranges_hold_and_extremes_lie_inside_them():
     for m in METRICS.values():
         assert m.direction in ("higher", "lower", "neutral") and m.level in ("layer", "model", "run") and m.formula and m.source
         for end in (m.perfect(64, 8, 1000), m.collapsed(64, 8, 1000)): assert end is None or m.low <= end <= m.high, m.name
-        if m.noise: assert m.low <= m.noise(1000, 64, 2.5) <= m.high, m.name
+        if m.noise_floor: assert m.low <= m.noise_floor(1000, 64, 2.5) <= m.high, m.name
 
 
 @pytest.mark.parametrize("cuts", [1, 2, 7])
