@@ -59,6 +59,11 @@ def test_studentised_bootstrap_keeps_its_promise_with_few_unequal_clusters():
     assert wrong / 300 < .09
 
 
+def test_a_resampled_p_is_never_zero():
+    d = 50 + rng().normal(size=30)
+    assert paired_bootstrap(d, np.zeros(30), draws=500).p == pytest.approx(2 / 501)
+
+
 @pytest.mark.parametrize("clusters,method,way_out", [(3, "percentile", "paired_t"), (99, "percentile", "studentised"), (9, "studentised", "paired_t")])
 def test_too_few_clusters_are_refused(clusters, method, way_out):
     d = rng().normal(size=200)
