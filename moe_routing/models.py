@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from .core import in_range, known
 from .corpora import corpus_hash, load_corpus
@@ -173,19 +174,28 @@ def train_tiny(recipe: TinyRecipe, tokens: list[list[int]],     # the documents 
     log |= {"tokens": len(log["losses"]) * recipe.batch * recipe.length, "threads": torch.get_num_threads()}
     return model.eval(), log
 
-# %% ../nbs/41_models.ipynb #c49a2fa8
+# %% ../nbs/41_models.ipynb #cbb94365
+@contextmanager
+def _quiet():
+    "No bars from transformers for files that take a moment."
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: transformers_logging.enable_progress_bar()
+
 def _finish(folder: Path, model, tokenizer, log: dict):
     "Save model, tokenizer and log to a folder that appears in one piece."
     scratch = folder.with_name(folder.name + ".new")
     if scratch.is_dir(): shutil.rmtree(scratch)
-    model.save_pretrained(scratch)
+    with _quiet(): model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     (scratch / "training.json").write_text(json.dumps(log))
     scratch.rename(folder)
 
 def _open_tiny(folder: Path, experts: str):
     "Model and tokenizer from a finished folder."
-    model = OlmoeForCausalLM.from_pretrained(folder, local_files_only=True, experts_implementation=experts)
+    with _quiet(): model = OlmoeForCausalLM.from_pretrained(folder, local_files_only=True, experts_implementation=experts)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 # %% ../nbs/41_models.ipynb #c1c68208
@@ -243,20 +253,21 @@ def model_size(config,                                   # a transformers config
 # %% ../nbs/41_models.ipynb #cec0a9e0
 def unquantised_share(config    # a transformers configuration
                      ) -> float:
-    "The share of the weights that bitsandbytes would leave as they are, because they are not in an `nn.Linear`; embeddings not counted."
+    "The share of the weights that bitsandbytes would leave as they are, because they are not in an `nn.Linear`; embeddings and output head not counted."
     from transformers import AutoModelForCausalLM
     with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    embedded = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    total = sum(p.numel() for p in model.parameters())
-    return 1 - linear / max(1, total - embedded) if total > embedded else 0.0
+    head = model.get_output_embeddings()
+    def size(kind): return sum(m.weight.numel() for m in model.modules() if isinstance(m, kind) and m is not head)
+    outside = size(torch.nn.Embedding) + (0 if head is None or head.weight is model.get_input_embeddings().weight else head.weight.numel())
+    total = sum(p.numel() for p in model.parameters()) - outside
+    return 1 - size(torch.nn.Linear) / total if total else 0.0
 
 # %% ../nbs/41_models.ipynb #c2e129d2
 def _quantisation(quantize: str | None, config, name: str):
     "The configuration for bitsandbytes, or an error when it would miss the experts."
     if quantize is None: return None
     known(quantize, ("8bit", "4bit"), "quantisation")
-    if (share := unquantised_share(config)) > .5:
+    if (share := unquantised_share(config)) > .1:
         raise ValueError(f"quantize={quantize!r}: {share:.0%} of the weights of {name!r} are fused experts, which bitsandbytes leaves in full precision without a word; "
                          f"load it with quantize=None ({model_size(config)['gigabytes']:.1f} GB in bfloat16)")
     from transformers import BitsAndBytesConfig
@@ -301,7 +312,9 @@ def load_model(name: str = "tiny",                    # tiny; a hub id such as a
     from transformers import AutoModelForCausalLM, AutoTokenizer
     hub = {"revision": revision} if revision else {}
     config = _from_pretrained(AutoConfig, name, settings, _missing(name, settings), **hub)
-    own = _from_pretrained(AutoTokenizer, tokenizer or name, settings, f"model {name!r} comes without a tokenizer: pass tokenizer=, a hub id or folder that has it", **({} if tokenizer else hub))
+    without = f"model {name!r} comes without a tokenizer: pass tokenizer=, a hub id or folder that has it"
+    own = _from_pretrained(AutoTokenizer, tokenizer or name, settings, without, **({} if tokenizer else hub))
+    if not own("a word").input_ids: raise FileNotFoundError(without)  # transformers makes an empty one when the files are missing
     if experts: options["experts_implementation"] = experts
     if quantize: options["quantization_config"] = _quantisation(quantize, config, name)
     model = _from_pretrained(AutoModelForCausalLM, name, settings, f"model {name!r} cannot be loaded", dtype=dtype, device_map="auto" if device == "auto" else {"": device}, **hub, **options)
@@ -312,7 +325,7 @@ def fingerprint(model,             # a transformers model
                 samples: int = 8,  # numbers taken from every weight
                ) -> str:           # sixteen hexadecimal digits
     "A short name for a model, from its configuration and a sample of every weight; the same after saving and loading."
-    passing = {"transformers_version", "dtype", "torch_dtype", "use_cache", "output_router_logits"}
+    passing = {"transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "output_router_logits"}
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k not in passing}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, p in sorted(model.named_parameters()):

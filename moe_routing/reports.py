@@ -11,16 +11,17 @@ __all__ = ['FIRST', 'PANELS', 'REPORTS', 'results_table', 'document_table', 'fix
 # %% ../nbs/72_reports.ipynb #cf2f4a12
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .core import known
-from .settings import find_root
+from .settings import find_root, load_settings
 from .figures import PALETTE, router_style, save_fig, use_style
 from .routers.pvalue import noise_curve
-from .runs import Plan, load_runs, run_template, write_atomic
+from .runs import Plan, load_runs, write_atomic
 from .stats import benjamini_hochberg, paired_bootstrap, paired_ratio, verdict
 
 # %% ../nbs/72_reports.ipynb #c082c7fe
@@ -56,6 +57,7 @@ def at_mean_k(curve: dict[int, pd.DataFrame], k: float, column: str,   # from `f
         raise ValueError(f"mean k = {k:.3f} is outside the fixed runs {ks}: add top-k runs below and above it to the study")
     low = max((x for x in ks if x <= k + 1e-6), default=ks[0])
     high = min((x for x in ks if x >= k - 1e-6), default=ks[-1])
+    if high > 2 * low: raise ValueError(f"mean k = {k:.3f} lies between fixed k = {low} and {high}, too far apart to interpolate: add a top-k run between them")
     share = 0 if high == low else (k - low) / (high - low)
     return (1 - share) * curve[low][column].astype(float) + share * curve[high][column].astype(float)
 
@@ -267,7 +269,7 @@ def _honest_titles(axes: dict, t: pd.DataFrame) -> None:
         by_alpha = bh.groupby("alpha").perplexity.mean()
         if not (by_alpha.diff().dropna() < 0).all(): axes["perplexity"].set_title("Perplexity by alpha")
     grid = bh.pivot_table(index="k_or_max_k", columns="alpha", values="avg_experts")
-    if not (grid.max() - grid.min()).max() < (grid.max(axis=1) - grid.min(axis=1)).min(): axes["alpha_sensitivity"].set_title("Mean experts by max k and alpha")
+    if len(grid) < 2 or not (grid.max() - grid.min()).max() < (grid.max(axis=1) - grid.min(axis=1)).min(): axes["alpha_sensitivity"].set_title("Mean experts by max k and alpha")
     if not bh.floor_hit_rate.mean() > 50: axes["behavior"].set_title("Tokens at the floor, between, at the ceiling")
 
 # %% ../nbs/72_reports.ipynb #c424adf7
@@ -404,19 +406,23 @@ def build_report(plan: Plan) -> Path:
 # %% ../nbs/72_reports.ipynb #c657aed5
 def run_benchmarks(names: list[str] | None = None,  # of templates bench_<name>; default: all
                   ) -> Path:                        # figures/benchmarks.md
-    "Measure every claim of speed and quality on this machine; rows go to figures/benchmarks.csv and .md."
-    from platform import machine, processor
-    root, rows = find_root(), []
+    "Measure every claim of speed and quality on this machine, one process a template; rows go to figures/benchmarks.csv and .md."
+    import papermill as pm
+    import torch
+    root = find_root()
     there = {p.stem.removeprefix("bench_"): p for p in sorted((root / "nbs" / "runs").glob("bench_*.ipynb"))}
+    folder, rows = load_settings().cache_dir / "bench", []
+    folder.mkdir(parents=True, exist_ok=True)
     for name in names or there:
-        known(name, there, "benchmark")
-        out = root / "cache" / "bench" / name
-        record = run_template(f"bench_{name}", {"smoke": False}, out, "bench")
-        rows += [{"benchmark": name, **row} for row in json.loads((out / "rows.json").read_text())]
-        print(f"{name}: {record['seconds']:.0f} s", flush=True)
-    table = pd.DataFrame(rows)
+        file = folder / f"{known(name, there, 'benchmark')}.json"
+        file.unlink(missing_ok=True)
+        pm.execute_notebook(there[name], folder / f"{name}.ipynb", {"smoke": False, "out": str(file)}, kernel_name="python3", progress_bar=False, cwd=root)
+        rows += [{"benchmark": name, **row} for row in json.loads(file.read_text())]
+        print(f"{name}: {sum(r['benchmark'] == name for r in rows)} rows", flush=True)
+    table, device = pd.DataFrame(rows), torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     table.to_csv(root / "figures" / "benchmarks.csv", index=False, float_format="%.4g", lineterminator="\n")
     path = root / "figures" / "benchmarks.md"
-    path.write_text(f"# Benchmarks\n\nMeasured in one process each, in turns, on {record['devices'][0]} ({machine()}, {record['threads']} threads). Medians with 95 % intervals; `met` says whether the target was reached.\n\n"
-                    + table.drop(columns=[c for c in ("ours_ms", "peer_ms") if c in table]).to_markdown(index=False, floatfmt=".3f") + "\n")
+    shown = table.drop(columns=[c for c in ("ours_ms", "peer_ms", "pairs") if c in table])
+    write_atomic(path, f"# Benchmarks\n\nMeasured in turns inside one process each, on: {device}. Medians with 95 % intervals; `met` says whether the target was reached.\n\n"
+                 + shown.to_markdown(index=False, floatfmt=".3f") + "\n")
     return path

@@ -6,12 +6,12 @@
 __all__ = ['QUALITY', 'SPEED', 'METRICS', 'Tally', 'tally', 'token_perplexity', 'sample_perplexity', 'mean_accuracy', 'Facts',
            'Metric', 'summarise', 'per_layer', 'metric_table']
 
-# %% ../../nbs/39_metrics.table.ipynb #c3dd6dce
-from collections.abc import Callable, Iterable
+# %% ../../nbs/39_metrics.table.ipynb #c7e21d03
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
-from math import exp, inf, log
+from math import inf, log
 
 import numpy as np
 
@@ -146,10 +146,9 @@ class Metric:
     perfect: Callable[[int, int, int], float | None]    # (E, K, V): value at the even extreme; None where it has none
     collapsed: Callable[[int, int, int], float | None]  # (E, K, V): value at the collapsed extreme
     value: Callable[[Facts], object]              # from the facts of a run
-    noise: Callable[[int, int, float], float] | None    # (tokens, E, k): what chance alone gives
-    source: str
+    noise_floor: Callable[[int, int, float], float] | None  # (tokens, E, k): what chance alone gives
+    source: str                                   # where it comes from
 
-_none = lambda E, K, V: None
 _at = lambda x: x if callable(x) else (lambda E, K, V: x)
 
 def _rows(category, *rows):
@@ -332,4 +331,4 @@ def metric_table(num_experts: int = 64,    # E, for the values at both extremes
     at, show = (num_experts, k_ceiling, vocabulary), lambda x: "" if x is None else f"{x:.3g}"
     return DataFrame([{"category": m.category, "metric": m.name, "formula": m.formula, "level": m.level, "range": f"{m.low:g} .. {m.high:g}", "better": m.direction,
                        "unit": m.unit, "even": show(m.perfect(*at)), "collapsed": show(m.collapsed(*at)),
-                       "by chance": show(m.noise and m.noise(tokens, num_experts, k_ceiling)), "source": m.source} for m in METRICS.values()])
+                       "by chance": show(m.noise_floor and m.noise_floor(tokens, num_experts, k_ceiling)), "source": m.source} for m in METRICS.values()])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import GateView, Routing, as_view, in_range
-from .topk import Selector, check_counts, chosen, rank_keys
+from .topk import Selector, check_counts, rank_keys
 
 # %% ../../nbs/11_routers.adaptive.ipynb #cceac278
 def ranked_probs(view: GateView,                 # of one gate
@@ -40,7 +40,7 @@ class TopP(Selector):
         width = self.max_k or view.num_experts
         keys, probs = ranked_probs(view)
         short = probs[:, :width].cumsum(-1)[:, :-1] < self.p
-        return self.settle(view, chosen(keys, width, (short.sum(-1) + 1).clamp_(self.min_k, width)))
+        return self.take(view, keys, (short.sum(-1) + 1).clamp_(self.min_k, width), width)
 
 # %% ../../nbs/11_routers.adaptive.ipynb #cfea97f2-2
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Threshold(Selector):
         width = self.max_k or view.num_experts
         keys, probs = ranked_probs(view)
         enough = (probs >= self.threshold).sum(-1)
-        return self.settle(view, chosen(keys, width, enough.clamp_(self.min_k, width)))
+        return self.take(view, keys, enough.clamp_(self.min_k, width), width)
 
 # %% ../../nbs/11_routers.adaptive.ipynb #cfea97f2-3
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class EntropyBands(Selector):
         keys, probs = ranked_probs(view)
         limits = torch.tensor(self.limits, device=probs.device)
         band = (probs[:, :1].amax(-1, keepdim=True) <= limits).sum(-1)
-        return self.settle(view, chosen(keys, max(ks), torch.tensor(ks, device=probs.device)[band]))
+        return self.take(view, keys, torch.tensor(ks, device=probs.device)[band], max(ks))
 
 # %% ../../nbs/11_routers.adaptive.ipynb #c37d2112
 def _sample(logits: Tensor, target_k: float, min_k: int, max_k: int | None) -> tuple[Tensor, int, int]:

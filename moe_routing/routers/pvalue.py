@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core import GateView, Routing, in_range, known
-from .topk import Selector, check_counts, chosen, rank_keys, score_keys
+from .topk import Selector, check_counts, rank_keys, score_keys
 
 # %% ../../nbs/12_routers.pvalue.ipynb #c3c82f7f
 CORRECTIONS = ("bh", "by")
@@ -276,7 +276,7 @@ class _Tested(Selector):
         "The routing for raw counts (T,), keys (T, E) by choice, and p-values if they are to be kept."
         extras = {"count_raw": raw, "fallback": raw == 0}
         if self.keep_p_values: extras["p_values"] = self.p_values(view) if p is None else p
-        return self.settle(view, chosen(keys, self.max_k, raw.clamp(self.min_k, self.max_k)), extras)
+        return self.take(view, keys, raw.clamp(self.min_k, self.max_k), self.max_k, extras)
     def check(self, view: GateView):
         "Refuse a view that the null or the clamps do not fit."
         self.null.check(view.context.num_layers, view.num_experts)
@@ -313,13 +313,18 @@ class BY(BH):
     "As `BH` with the Benjamini-Yekutieli correction: valid under arbitrary dependence, and stricter."
     correction = "by"
 
-# %% ../../nbs/12_routers.pvalue.ipynb #ccc0fc43
+# %% ../../nbs/12_routers.pvalue.ipynb #c676fff7
+def _check_beta(beta: "float | str"):
+    "Raise unless beta is a positive number or 'auto'."
+    if isinstance(beta, str): known(beta, ("auto",), "beta (a positive number, or 'auto')")
+    else: in_range(beta, 0, float("inf"), "beta", open_low=True)
+
 def hc_count(p: Tensor,                          # (T, E) p-values
              beta: "float | str" = "auto",       # share of the ranks that is searched, or "auto"
              min_k: int = 1,                     # ranks below are not searched; the answer where nothing is left
             ) -> Tensor:                         # (T,) int64, the rank of the largest Higher Criticism
     "The number of experts at which Higher Criticism (Donoho and Jin 2004) is largest, computed in float64."
-    if beta != "auto": in_range(beta, 0, float("inf"), "beta (a number, or 'auto')", open_low=True)
+    _check_beta(beta)
     ranked = _sorted_p(p).clamp(1e-10, 1 - 1e-10)
     E = ranked.shape[-1]
     in_range(min_k, 1, E, "min_k")
@@ -341,7 +346,7 @@ class HC(_Tested):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.beta != "auto": in_range(self.beta, 0, float("inf"), "beta (a number, or 'auto')", open_low=True)
+        _check_beta(self.beta)
     def decide(self, view: GateView) -> Routing:
         self.check(view)
         p = self.p_values(view)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core import GateView, Routing, Rule, as_view, in_range, keyed_generator, known, one_past_last, order_slots
 
@@ -47,10 +48,10 @@ def chosen(keys: Tensor,                 # (T, E) from `rank_keys`
           ) -> Tensor:                   # (T, K) int64, strongest first, unused slots hold E
     "The ids of the strongest experts of each token; excluded experts are never among them."
     T, E = keys.shape
-    top = keys[:, :width]
-    unused = top >= _EXCLUDED
-    if counts is not None: unused |= torch.arange(width, device=keys.device) >= counts[:, None]
-    return (top & _ID).masked_fill_(unused, E)
+    experts = keys[:, :width] & _ID
+    if (keys[:, width - 1:width] >= _EXCLUDED).any(): experts.masked_fill_(keys[:, :width] >= _EXCLUDED, E)   # excluded ones rank last
+    if counts is not None: experts.masked_fill_(torch.arange(width, device=keys.device) >= counts[:, None], E)
+    return experts
 
 # %% ../../nbs/10_routers.topk.ipynb #c7ed3b05
 def _sum_to(weights: Tensor, total: "Tensor | float") -> Tensor:
@@ -124,11 +125,24 @@ class Selector(Rule):
                view: GateView,
                experts: Tensor,       # (T, K) int64, unused slots hold E and come last
                extras: dict | None = None,
+               width: int | None = None,  # slots of the answer, filled up with unused ones; None: K
               ) -> Routing:           # slots ordered by weight
         "Weigh the chosen experts and put the slots in order."
         weights = weigh(view, experts, self.weigh, self.temperature)
         if (weights[:, 1:] > weights[:, :-1]).any(): experts, weights = order_slots(experts, weights, view.num_experts)
+        more = 0 if width is None else width - experts.shape[1]
+        if more: experts, weights = pad(experts, (0, more), value=view.num_experts), pad(weights, (0, more))
         return Routing(view.logits, experts, weights, extras or {})
+    def take(self,
+             view: GateView,
+             keys: Tensor,            # (T, E) from `rank_keys`
+             counts: Tensor,          # (T,) experts wanted by each token
+             width: int,              # slots of the answer
+             extras: dict | None = None,
+            ) -> Routing:
+        "The strongest experts of each token, as many as `counts` says; only as many slots are weighed as the widest token uses."
+        widest = int(counts.max()) if len(counts) else 1
+        return self.settle(view, chosen(keys, min(widest, width), counts), extras, width)
     def describe(self) -> dict:
         "The rule's name and parameters, as JSON can hold them."
         derived = {f.name for f in fields(self) if not f.init}
