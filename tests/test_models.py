@@ -65,9 +65,9 @@ def test_schedule_of_short_trainings():
 
 
 def test_training_goes_on_after_kill_minus_9(tmp_path):
-    file, log = tmp_path / "c.safetensors", tmp_path / "started"
-    code = ("import sys, torch; sys.path.insert(0, 'tests'); torch.set_num_threads(1); from test_models import SMALL, TOKENS, replace, train_tiny; from pathlib import Path; "
-            f"train_tiny(replace(SMALL, steps=5000), TOKENS, Path({str(file)!r}), every=3, progress=False)")
+    file = tmp_path / "c.safetensors"
+    code = (f"import torch; torch.set_num_threads(1); from moe_routing.models import TinyRecipe, train_tiny; from pathlib import Path; "
+            f"train_tiny({replace(SMALL, steps=5000)!r}, {TOKENS!r}, Path({str(file)!r}), every=3, progress=False)")
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.time() + 60
     while not file.exists() and time.time() < deadline and process.poll() is None: time.sleep(.02)
