@@ -226,9 +226,9 @@ def tiny_model(steps: int = 1250, seed: int = 0,
         return model, tokenizer, log | {"recipe": asdict(recipe), "corpus": corpus_hash(settings), "torch": torch.__version__}
     if not cache: return train()[:2]
     if (folder / "training.json").is_file(): return _open_tiny(folder, experts)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = folder.with_name(folder.name + ".checkpoint")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         # the lock ends with its process, however that ends; a second process waits and then finds the model
         with FileLock(folder.with_name(folder.name + ".lock")):
             if not (folder / "training.json").is_file(): _finish(folder, *train(checkpoint))
@@ -273,13 +273,12 @@ def _quantisation(quantize: str | None, config, name: str):
     from transformers import BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_8bit=True) if quantize == "8bit" else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
 
-def _from_pretrained(what, name: str, settings, missing: str, **options):
+def _from_pretrained(what, name: str, settings, missing: str, error=FileNotFoundError, **options):
     "Call `from_pretrained`, with one error that says what to do when it cannot work."
     try: return what.from_pretrained(name, trust_remote_code=settings.trust_remote_code, local_files_only=not settings.hub, **options)
     except Exception as e:
         if "trust_remote_code" in str(e): raise ValueError(f"model {name!r} brings code of its own: set trust_remote_code = yes in settings.ini if you trust it") from e
-        if isinstance(e, (OSError, ValueError, KeyError)): raise FileNotFoundError(f"{missing} ({type(e).__name__}: {str(e).strip().splitlines()[0][:160]})") from e
-        raise
+        raise error(f"{missing} ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:160]})") from e
 
 def _missing(name: str, settings) -> str:
     "What is wrong when a configuration cannot be read."
@@ -298,7 +297,7 @@ def load_model(name: str = "tiny",                    # tiny; a hub id such as a
                settings=None,                         # of `load_settings`; read when not given
                **options,                             # for tiny: fields of TinyRecipe; else passed to from_pretrained
               ) -> tuple:                             # (model in eval mode, tokenizer)
-    "A causal language model and its tokenizer. Raises FileNotFoundError or ValueError that names the model and the way out."
+    "A causal language model and its tokenizer. Raises FileNotFoundError, ValueError or, for weights that cannot be read, RuntimeError; each names the model and the way out."
     settings = settings or load_settings()
     device = str(device or (settings.device if settings.device != "auto" or torch.cuda.is_available() else "cpu"))
     dtype = dtype or settings.torch_dtype()
@@ -317,7 +316,7 @@ def load_model(name: str = "tiny",                    # tiny; a hub id such as a
     if not own("a word").input_ids: raise FileNotFoundError(without)  # transformers makes an empty one when the files are missing
     if experts: options["experts_implementation"] = experts
     if quantize: options["quantization_config"] = _quantisation(quantize, config, name)
-    model = _from_pretrained(AutoModelForCausalLM, name, settings, f"model {name!r} cannot be loaded", dtype=dtype, device_map="auto" if device == "auto" else {"": device}, **hub, **options)
+    model = _from_pretrained(AutoModelForCausalLM, name, settings, f"model {name!r} cannot be loaded", RuntimeError, dtype=dtype, device_map="auto" if device == "auto" else {"": device}, **hub, **options)
     return model.eval(), own
 
 # %% ../nbs/41_models.ipynb #c17c9d3a
