@@ -15,9 +15,8 @@ from torch import Tensor
 from .core import Rule, in_range, known
 from .corpora import SOURCES, load_calibration
 from .models import fingerprint
-from .patching import moe_layers
 from .routers.adaptive import calibrate_threshold, calibrate_top_p
-from .routers.pvalue import fit_null, load_null
+from .routers.pvalue import fit_null
 from .routers.zoo import make_rule
 from .settings import load_settings
 from .traces import Trace, record
@@ -53,17 +52,8 @@ def calibrated_null(model, tokenizer,
                    ):                                  # a fitted null, checked against the model
     "The null of a model, fitted once and kept beside its calibration trace."
     known(kind, ("kde", "trimmed", "empirical", "conformal"), "null")
-    trace = calibration_trace(model, tokenizer, cache_dir=cache_dir, **calibration)
-    path = trace.folder / f"null-{kind}.safetensors"
-    if not path.is_file():
-        null = fit_null(trace.logits(), kind=kind, model=fingerprint(model))
-        part = path.with_name(f".{path.name}.part")
-        null.save(part)
-        part.replace(path)
-    null = load_null(path)
-    layers = moe_layers(model)
-    null.check(len(layers), layers[0].num_experts, fingerprint(model))
-    return null
+    logits = calibration_trace(model, tokenizer, cache_dir=cache_dir, **calibration).logits()
+    return fit_null(logits, kind=kind, model=fingerprint(model))
 
 # %% ../nbs/53_calibration.ipynb #c8b5ccb8
 def resolve_source(source: str,                        # embedded, local, hub or auto

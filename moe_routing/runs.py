@@ -386,7 +386,13 @@ def recover(plan: Plan,
         if state not in ("finished", "stale") or (fresh and state == "stale"): (folder / "finished").unlink(missing_ok=True)
         if fresh and state == "stale": (folder / "run.json").unlink(missing_ok=True)
         states.setdefault(state, []).append(name)
-    _end_survivors(plan.folder / "prepare")
+    if plan.prepare is not None:
+        folder = plan.folder / "prepare"
+        _end_survivors(folder)
+        state = run_state(folder, code_hash(template_path(plan.study.prepare, root)))
+        if state != "finished" and (fresh or state != "stale"): (folder / "finished").unlink(missing_ok=True)
+    again = sum(len(names) for state, names in states.items() if state not in ("finished", "stale")) + fresh * len(states.get("stale", []))
+    if again: (plan.folder / f"{plan.study.report}.md").unlink(missing_ok=True)    # Snakemake would take a report that is there for the end of the work
     return states
 
 # %% ../nbs/70_runs.ipynb #cbb94365-2
