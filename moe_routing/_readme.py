@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def readme(index: Path) -> str:
-    "The text of README.md that a notebook makes. Cells that are marked `#| hide` are left out; links to figures are made to work from the top level."
+    "The text of README.md that a notebook makes. Cells marked `#| hide` are left out, of those marked `#| echo: false` only the output is shown; links are made to work from the top level."
     parts = ["<!-- Made from nbs/index.ipynb by `make readme`: edit that notebook, not this file. -->"]
     for cell in json.loads(Path(index).read_text())["cells"]:
         source = "".join(cell["source"]).strip()
@@ -13,12 +13,12 @@ def readme(index: Path) -> str:
             parts.append(re.sub(r"\]\(\.\./", "](", source))
             continue
         if source.startswith("#| hide"): continue
-        shown = "\n".join(line for line in source.split("\n") if not line.startswith("#|")).strip()
+        shown = "" if source.startswith("#| echo: false") else "\n".join(line for line in source.split("\n") if not line.startswith("#|")).strip()
         if shown: parts.append(f"```python\n{shown}\n```")
         for output in cell["outputs"]:
             markdown = output.get("data", {}).get("text/markdown")
             text = output.get("text") or output.get("data", {}).get("text/plain")
-            if markdown: parts.append("".join(markdown).strip())
+            if markdown: parts.append(re.sub(r"\]\(\.\./", "](", "".join(markdown)).strip())
             elif text: parts.append("```\n" + "".join(text).strip() + "\n```")
     return "\n\n".join(parts) + "\n"
 
