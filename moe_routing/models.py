@@ -49,9 +49,9 @@ def make_tokenizer(texts: list[str],             # to learn from
 @dataclass(frozen=True)
 class TinyRecipe:
     "All that determines the tiny model, besides the corpus."
-    steps: int = 1250            # optimizer steps
+    steps: int = 1750            # optimizer steps
     seed: int = 0                # of the initial weights and of the order of the text
-    batch: int = 8               # sequences a step
+    batch: int = 4               # sequences a step
     length: int = 128            # tokens a sequence
     vocab_size: int = 2048
     hidden: int = 128            # H
@@ -206,8 +206,8 @@ def tiny_folder(recipe: TinyRecipe = TinyRecipe(),
     settings = settings or load_settings()
     return settings.cache_dir / "models" / f"tiny-{recipe.key(corpus_hash(settings))}"
 
-# %% ../nbs/41_models.ipynb #cf144552
-def tiny_model(steps: int = 1250, seed: int = 0,
+# %% ../nbs/41_models.ipynb #c83d9759
+def tiny_model(steps: int = TinyRecipe.steps, seed: int = 0,
                cache: bool = True,              # take it from the cache, train into the cache, go on where a killed training stopped
                experts: str = "ragged",     # experts implementation of transformers, to train and to run with
                progress: bool = True,           # show a bar while training
