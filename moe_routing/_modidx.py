@@ -364,6 +364,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'moe_routing/quality.py'),
                                      'moe_routing.quality.wilson': ('quality.html#wilson', 'moe_routing/quality.py')},
             'moe_routing.reports': { 'moe_routing.reports._answer': ('reports.html#_answer', 'moe_routing/reports.py'),
+                                     'moe_routing.reports._exemplar': ('reports.html#_exemplar', 'moe_routing/reports.py'),
                                      'moe_routing.reports._honest_titles': ('reports.html#_honest_titles', 'moe_routing/reports.py'),
                                      'moe_routing.reports._interval': ('reports.html#_interval', 'moe_routing/reports.py'),
                                      'moe_routing.reports._lines': ('reports.html#_lines', 'moe_routing/reports.py'),

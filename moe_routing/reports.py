@@ -348,6 +348,19 @@ def _recommendations(trade: pd.DataFrame, budgets: list[float]) -> list[str]:
                      f"(ratio to the model's own {best.ratio:.3f} [{best.low:.3f}, {best.high:.3f}]){beside}.")
     return lines
 
+# %% ../nbs/72_reports.ipynb #cf0181a5
+def _exemplar(run: Path, target: Path) -> None:
+    "One executed notebook for readers: without timestamps, counts and the machine's paths."
+    text = (run / "run.ipynb").read_text().replace(json.dumps(str(find_root()))[1:-1] + "/", "")
+    nb = json.loads(text)
+    nb["metadata"] = {"kernelspec": nb["metadata"]["kernelspec"]}
+    for cell in nb["cells"]:
+        cell["metadata"] = {"tags": cell["metadata"]["tags"]} if cell["metadata"].get("tags") else {}
+        if cell["cell_type"] == "code":
+            cell["execution_count"] = None
+            cell["outputs"] = [{**o, **({"execution_count": None} if "execution_count" in o else {})} for o in cell["outputs"] if o.get("name") != "stderr"]
+    write_atomic(target, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
+
 # %% ../nbs/72_reports.ipynb #caed8efa
 def bh_routing_report(plan: Plan,
                      ) -> Path:                    # of the Markdown file
@@ -363,6 +376,7 @@ def bh_routing_report(plan: Plan,
     table.to_json(plan.folder / "bh_routing_results.json", orient="records", indent=2)
     published = find_root() / "figures" if options.get("publish") and not plan.overrides else None
     draw_panels(table, plan.folder, plan.folder.name.replace("--", "_").replace("-", "_").replace(".", "_"), published)
+    if published: _exemplar(plan.folder / next(r.run for r in runs.itertuples() if r.router == "bh"), plan.folder / "exemplar.ipynb")
     equal, noise = compare_at_equal_k(runs), noise_distance(runs)
     lm = next((d for d in ("wikitext", "prompts") if d in set(runs.dataset)), None)
     trade = against_own(runs, lm, facts["own_k"]) if lm else None
