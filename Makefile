@@ -7,7 +7,7 @@ VENV := .venv/bin
 FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
 
-.PHONY: help run test lab figures bench status check check-data notebooks readme clean
+.PHONY: venv help run test lab figures bench status check check-data notebooks readme clean
 
 help:
 	@echo "make run          the main study ($(STUDY)); STUDY=smoke for a small one; MODEL=allenai/OLMoE-1B-7B-0924 for another model; FRESH=1 redoes stale runs"
@@ -18,41 +18,43 @@ help:
 	@echo "make bench        the speed and quality claims, measured    make notebooks  export, test and clean after an edit"
 	@echo "make clean        delete what can be made again: .venv, cache"
 
-.venv/ready: pyproject.toml constraints.txt
-	@python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { echo "no Python 3.11 or newer was found: install one"; exit 1; }; \
-	  echo "setting up .venv (a few minutes the first time)"; rm -rf .venv; $$python -m venv .venv
-	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	@touch $@
+# Stale means other contents, not a newer date: nbdev writes pyproject.toml anew without changing it.
+venv:
+	@want=$$(cat pyproject.toml constraints.txt | cksum); [ "$$want" = "$$(cat .venv/ready 2>/dev/null)" ] || { \
+	  python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { echo "no Python 3.11 or newer was found: install one"; exit 1; }; \
+	  echo "setting up .venv (a few minutes the first time)"; \
+	  { [ -x $(VENV)/python ] || $$python -m venv .venv; } && \
+	  $(VENV)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]" && echo "$$want" > .venv/ready; }
 
-run: .venv/ready
+run: venv
 	@$(VENV)/python -m moe_routing run $(STUDY) $(OVERRIDES) $(if $(FRESH),--fresh)
 
-check-data: .venv/ready
+check-data: venv
 	@$(VENV)/python -m moe_routing run check_data $(if $(FRESH),--fresh)
 
-status: .venv/ready
+status: venv
 	@$(VENV)/python -m moe_routing status
 
-figures: .venv/ready
+figures: venv
 	@$(VENV)/python -m moe_routing report $(STUDY) $(OVERRIDES)
 
-lab: .venv/ready
+lab: venv
 	@$(VENV)/jupyter lab nbs
 
-bench: .venv/ready
+bench: venv
 	@$(VENV)/python -m moe_routing bench
 
-check: .venv/ready
+check: venv
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 tests
 
-test: .venv/ready
+test: venv
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV):$$PATH" $(VENV)/nbdev-test --n-workers 2 --pause .2
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV):$$PATH" $(VENV)/python -m pytest -n 2 tests
 
-notebooks: .venv/ready
+notebooks: venv
 	@PATH="$(CURDIR)/$(VENV):$$PATH"; nbdev-export && HF_HUB_OFFLINE=1 nbdev-test --n-workers 2 --save && nbdev-clean && $(VENV)/python -m moe_routing readme
 
-readme: .venv/ready
+readme: venv
 	@$(VENV)/python -m moe_routing readme
 
 clean:
