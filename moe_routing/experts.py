@@ -50,7 +50,8 @@ def _segment_mm(x: Tensor, weight: Tensor, sizes: Tensor, out: Tensor | None = N
     y = x.new_empty(len(x), weight.shape[-1])
     y[used:] = 0
     for a, w, o, n in zip(x[:used].split(sizes), weight.unbind(0), y[:used].split(sizes), sizes):
-        if n: torch.mm(a, w, out=o)
+        if n > 8: torch.mm(a, w, out=o)
+        elif n: o.copy_(torch.mm(w.t(), a.t()).t())       # for a few rows the matrix libraries are faster this way round
     return y
 
 def _segment_outer(a: Tensor, b: Tensor, sizes: Tensor) -> Tensor:
@@ -117,9 +118,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _gather_sum(y: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
     "(T, H): for each token the weighted sum of its rows of y (S, H); low precision is summed in float32."
-    (T, K), wide = weights.shape, _wide(y.dtype)
-    scaled = y.to(wide) * weights.reshape(-1).index_select(0, slots).to(wide).unsqueeze(1)
-    return torch.zeros(T, y.shape[1], dtype=wide, device=y.device).index_add_(0, slots // K, scaled).to(y.dtype)
+    (T, K), dtype = weights.shape, y.dtype
+    if y.numel() == 0: return y.new_zeros(T, y.shape[1]) + y.sum()              # nothing to add, but still part of the graph
+    y, weights = y.to(_wide(dtype)), weights.to(_wide(dtype))
+    if len(slots) == weights.numel():
+        where = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=slots.device))
+        return F.embedding_bag(where.view(T, K), y, per_sample_weights=weights, mode="sum").to(dtype)
+    in_order, where = slots.sort()
+    counts = torch.bincount(in_order // K, minlength=T)
+    return F.embedding_bag(where, y, counts.cumsum(0) - counts, per_sample_weights=weights.reshape(-1)[in_order], mode="sum").to(dtype)
 
 @torch.library.custom_op("moe_routing::combine", mutates_args=())
 def combine_op(mid: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor, slots: Tensor, sizes: Tensor) -> Tensor:
@@ -174,8 +181,7 @@ def _middle(module: nn.Module, x: Tensor) -> Tensor:
 # %% ../nbs/21_experts.ipynb #cf0eeb00
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     "x (n, A) times weight (A, B), plus bias (B,)."
-    y = torch.mm(weight.t(), x.contiguous().t()).t() if len(x) <= 8 else torch.mm(x, weight)
-    return y if bias is None else y.add_(bias)
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 def _by_segment(module: nn.Module, hidden: Tensor, weights: Tensor, slots: Tensor, sizes: Tensor) -> Tensor:
     "The experts' output (T, H) without autograd, one segment at a time."
@@ -201,7 +207,8 @@ def ragged_experts(module: nn.Module,     # an experts module decorated by trans
     slots, sizes = plan_slots(experts, up.shape[0])
     x = hidden.to(up.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        if not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _grouped(hidden)):
+        long = not torch.compiler.is_compiling() and len(slots) >= 128 * len(sizes)
+        if long and not (torch.is_grad_enabled() or _grouped(hidden)):
             return _by_segment(module, x, weights, slots, sizes).to(hidden.dtype)
         mid = _middle(module, dispatch_op(x, up, up_bias, slots // experts.shape[1], sizes))
         if not module.has_post_expert_norm: return combine_op(mid.to(down.dtype), down, down_bias, weights, slots, sizes).to(hidden.dtype)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_tokenizer', 'TinyRecipe', 'tiny_config', 'training_batches', 'learning_rate_share', 'train_tiny', 'tiny_folder',
-           'tiny_model', 'model_size', 'unquantised_share', 'load_model', 'fingerprint']
+           'tiny_model', 'model_size', 'fused_share', 'load_model', 'fingerprint']
 
 # %% ../nbs/41_models.ipynb #c8e60932
 import hashlib
@@ -250,24 +250,20 @@ def model_size(config,                                   # a transformers config
     count = next((c for a in ("num_experts", "num_local_experts", "n_routed_experts") if (c := getattr(config, a, None))), 1)
     return dict(parameters=total, active=round(total - experts * (1 - k / count)), gigabytes=total * dtype.itemsize / 1e9)
 
-# %% ../nbs/41_models.ipynb #cec0a9e0
-def unquantised_share(config    # a transformers configuration
-                     ) -> float:
-    "The share of the weights that bitsandbytes would leave as they are, because they are not in an `nn.Linear`; embeddings and output head not counted."
+# %% ../nbs/41_models.ipynb #c66c5558
+def fused_share(config    # a transformers configuration
+               ) -> float:
+    "The share of the weights in tensors of three dimensions: fused experts, which bitsandbytes leaves as they are."
     from transformers import AutoModelForCausalLM
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    def size(kind): return sum(m.weight.numel() for m in model.modules() if isinstance(m, kind) and m is not head)
-    outside = size(torch.nn.Embedding) + (0 if head is None or head.weight is model.get_input_embeddings().weight else head.weight.numel())
-    total = sum(p.numel() for p in model.parameters()) - outside
-    return 1 - size(torch.nn.Linear) / total if total else 0.0
+    with torch.device("meta"): sizes = [(p.ndim, p.numel()) for p in AutoModelForCausalLM.from_config(config).parameters()]
+    return sum(n for ndim, n in sizes if ndim == 3) / sum(n for _, n in sizes)
 
 # %% ../nbs/41_models.ipynb #c2e129d2
 def _quantisation(quantize: str | None, config, name: str):
     "The configuration for bitsandbytes, or an error when it would miss the experts."
     if quantize is None: return None
     known(quantize, ("8bit", "4bit"), "quantisation")
-    if (share := unquantised_share(config)) > .1:
+    if (share := fused_share(config)) > .1:
         raise ValueError(f"quantize={quantize!r}: {share:.0%} of the weights of {name!r} are fused experts, which bitsandbytes leaves in full precision without a word; "
                          f"load it with quantize=None ({model_size(config)['gigabytes']:.1f} GB in bfloat16)")
     from transformers import BitsAndBytesConfig

@@ -20,7 +20,7 @@ import pandas as pd
 from .core import known
 from .settings import find_root, load_settings
 from .figures import PALETTE, router_style, save_fig, use_style
-from .routers.pvalue import noise_curve
+from .routers.pvalue import noise_curve, null_law
 from .runs import Plan, load_runs, write_atomic
 from .stats import benjamini_hochberg, paired_bootstrap, paired_ratio, verdict
 
@@ -190,12 +190,14 @@ def panel_sensitivity(ax, t):
     grid = bh.pivot_table(index="k_or_max_k", columns="alpha", values="avg_experts")
     ax.imshow(grid.values, cmap="Blues", aspect="auto")
     middle = (np.nanmin(grid.values) + np.nanmax(grid.values)) / 2
+    noise = {(k, a): noise_curve(a, int(bh.num_experts.iloc[0]), 1, int(k))["mean_k"] for k in grid.index for a in grid.columns}
     for (i, j), v in np.ndenumerate(grid.values):
-        ax.text(j, i, f"{v:.2f}", ha="center", va="center", color="white" if v > middle else "black", fontsize=7.5)
+        ax.text(j, i, f"{v:.2f}\n({noise[grid.index[i], grid.columns[j]]:.2f})", ha="center", va="center", color="white" if v > middle else "black", fontsize=7)
     ax.set_xticks(range(grid.shape[1]), [f"{a:g}" for a in grid.columns])
     ax.set_yticks(range(grid.shape[0]), grid.index)
-    ax.set(title="Mean experts: alpha counts, max k hardly", xlabel="alpha", ylabel="max k")
-    return grid.reset_index().melt("k_or_max_k", value_name="avg_experts")
+    ax.set(title="Mean experts: alpha counts, max k hardly", xlabel="alpha (in brackets: pure noise)", ylabel="max k")
+    cells = grid.reset_index().melt("k_or_max_k", var_name="alpha", value_name="avg_experts")
+    return cells.assign(noise=[noise[k, a] for k, a in zip(cells.k_or_max_k, cells.alpha)])
 
 def panel_pareto(ax, t):
     "Mean experts against perplexity, with the front."
@@ -213,7 +215,7 @@ def panel_pareto(ax, t):
     return t.assign(on_front=t.config_name.isin(front.config_name))[["config_name", "routing_type", "avg_experts", "perplexity", "on_front"]]
 
 def panel_behaviour(ax, t):
-    "Share of tokens at the floor, between, and at the ceiling."
+    "Share of tokens at the floor, between, and at the ceiling; black marks where pure noise would divide the bar."
     bh = t[t.routing_type == "bh"]
     if bh.empty: return _nothing(ax, "BH")
     shares = bh.groupby(["k_or_max_k", "alpha"])[["floor_hit_rate", "mid_range_rate", "ceiling_hit_rate"]].mean()
@@ -221,6 +223,10 @@ def panel_behaviour(ax, t):
     for column, colour, hatch in (("floor_hit_rate", "grey", ""), ("mid_range_rate", "sky", "//"), ("ceiling_hit_rate", "vermilion", "..")):
         ax.bar(names, shares[column], bottom=bottom, color=PALETTE[colour], hatch=hatch, edgecolor="white", lw=0, label=column.split("_")[0])
         bottom += shares[column].to_numpy()
+    laws = [null_law(a, int(bh.num_experts.iloc[0])) for _, a in shares.index]
+    shares["noise_floor"] = [100 * float(law[:2].sum()) for law in laws]
+    shares["noise_below_ceiling"] = [100 * float(law[:int(k)].sum()) for (k, _), law in zip(shares.index, laws)]
+    for column in ("noise_floor", "noise_below_ceiling"): ax.plot(names, shares[column], ls="", marker="_", ms=9, color="black", label="pure noise" if column == "noise_floor" else None)
     ax.tick_params(axis="x", rotation=90, labelsize=6.5)
     ax.set(title="Most tokens sit at the floor", xlabel="max k, alpha", ylabel="tokens, %")
     ax.legend(loc="lower left")
@@ -348,6 +354,19 @@ def _recommendations(trade: pd.DataFrame, budgets: list[float]) -> list[str]:
                      f"(ratio to the model's own {best.ratio:.3f} [{best.low:.3f}, {best.high:.3f}]){beside}.")
     return lines
 
+# %% ../nbs/72_reports.ipynb #cf0181a5
+def _exemplar(run: Path, target: Path) -> None:
+    "One executed notebook for readers: without timestamps, counts and the machine's paths."
+    text = (run / "run.ipynb").read_text().replace(json.dumps(str(find_root()))[1:-1] + "/", "")
+    nb = json.loads(text)
+    nb["metadata"] = {"kernelspec": nb["metadata"]["kernelspec"]}
+    for cell in nb["cells"]:
+        cell["metadata"] = {"tags": cell["metadata"]["tags"]} if cell["metadata"].get("tags") else {}
+        if cell["cell_type"] == "code":
+            cell["execution_count"] = None
+            cell["outputs"] = [{**o, **({"execution_count": None} if "execution_count" in o else {})} for o in cell["outputs"] if o.get("name") != "stderr"]
+    write_atomic(target, json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
+
 # %% ../nbs/72_reports.ipynb #caed8efa
 def bh_routing_report(plan: Plan,
                      ) -> Path:                    # of the Markdown file
@@ -363,6 +382,7 @@ def bh_routing_report(plan: Plan,
     table.to_json(plan.folder / "bh_routing_results.json", orient="records", indent=2)
     published = find_root() / "figures" if options.get("publish") and not plan.overrides else None
     draw_panels(table, plan.folder, plan.folder.name.replace("--", "_").replace("-", "_").replace(".", "_"), published)
+    if published: _exemplar(plan.folder / next(r.run for r in runs.itertuples() if r.router == "bh"), plan.folder / "exemplar.ipynb")
     equal, noise = compare_at_equal_k(runs), noise_distance(runs)
     lm = next((d for d in ("wikitext", "prompts") if d in set(runs.dataset)), None)
     trade = against_own(runs, lm, facts["own_k"]) if lm else None

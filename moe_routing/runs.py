@@ -246,6 +246,7 @@ def run_template(template: str,                    # name in nbs/runs, or a path
                  study: str = "",                  # name for the record
                  group: str = "",                  # group of the study
                  root: Path | None = None,         # of the repository
+                 show: bool = False,               # pass the notebook's progress bars on to this terminal
                 ) -> dict:                         # the record, as written to run.json
     "Execute one template with papermill and leave run.json and run.ipynb; raises RuntimeError, with the notebook's error, after recording a failure."
     import papermill as pm
@@ -265,7 +266,7 @@ def run_template(template: str,                    # name in nbs/runs, or a path
         start, error = time.time(), None
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(_package().parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
         try: pm.execute_notebook(path, folder / "run.ipynb", {**parameters, "out": str(folder)}, kernel_name="python3", progress_bar=False, cwd=root,
-                                  extra_arguments=["--log-level=50"])   # a kernel's start-up remarks are not ours
+                                  stderr_file=sys.stderr if show else None, extra_arguments=["--log-level=50"])   # a kernel's start-up remarks are not ours
         except Exception as e:   # whatever stops a notebook must end up in its record
             name = getattr(e, "ename", type(e).__name__)
             error = f"{name}: {getattr(e, 'evalue', e)}"
@@ -437,7 +438,7 @@ def execute(plan: Plan,
     group = point.pop("group", "")
     record = _read(folder / "run.json")
     if record is None or name == "prepare" or run_state(folder, code_hash(template_path(template, root))) != "finished":
-        with _one_gpu(root): record = run_template(template, point, folder, plan.folder.name, group, root)
+        with _one_gpu(root): record = run_template(template, point, folder, plan.folder.name, group, root, show=name == "prepare")
     write_atomic(folder / "finished", record["code"] + "\n")
     print(_progress(plan, root, name, record["seconds"]), flush=True)
     return record

@@ -59,7 +59,7 @@ MIXES["E = 1"] = slots("all used", E=1, K=1)
 MIXES["K = E"] = slots("all used", K=5)
 MIXES["T = 0"] = slots("all used", T=0)
 MIXES["T = 1"] = slots("some used", T=1)
-MIXES["long segments"] = slots("some used", T=90)
+MIXES["long segments"] = slots("some used", T=600)      # one segment at a time without autograd
 
 def gradients(f, m, hidden, ids, weights):
     hidden, weights = hidden.clone().requires_grad_(), weights.clone().requires_grad_()

@@ -49,8 +49,8 @@ def study(lab, alphas, seconds):
         f"question: q\ntemplate: demo\nbase: {{seconds: {seconds}}}\ngroups: {{all: {{grid: {{alpha: {alphas}}}}}}}\n")
 
 
-def start(lab, verb=("run", "demo", "--cores", "2")):
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(lab)}
+def start(lab, verb=("run", "demo", "--cores", "2"), **environ):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(lab), **environ}
     return subprocess.Popen([sys.executable, "-m", "moe_routing", *verb], cwd=lab, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
@@ -164,6 +164,19 @@ def test_gpus_are_handed_out_one_to_a_run(lab, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         with runs._one_gpu(lab): second = os.environ["CUDA_VISIBLE_DEVICES"]
     assert {first, second} == {"0", "1"}
+
+
+def test_never_more_runs_start_than_there_are_gpus(lab):
+    (lab / "settings.ini").write_text("[moe_routing]\n")
+    study(lab, [.1, .2], seconds=1)
+    process = start(lab, CUDA_VISIBLE_DEVICES="0")
+    most = 0
+    while process.poll() is None:
+        most = max(most, len(list((lab / "papermill_runs" / "demo").glob("*/owner.json"))))
+        time.sleep(.1)
+    assert process.returncode == 0 and most == 1, process.stdout.read()
+    records = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "demo").glob("*/run.json")]
+    assert [r["settings"]["device"] for r in records] == ["cuda", "cuda"]
 
 
 @pytest.mark.parametrize("text, words", [
