@@ -153,7 +153,7 @@ def test_conventions_by_hand():
     ("topk", {"temperature": 0}, "temperature"), ("topk", {"jitter": -1}, "jitter"), ("top_p", {}, "needs p"), ("top_p", {"p": 1.5}, "p = 1.5"),
     ("top_p", {"p": .5, "min_k": 3, "max_k": 2}, "larger than max_k"), ("threshold", {"threshold": 1}, "threshold = 1"), ("entropy_bands", {"limits": (.3, .5, .7)}, "fall"),
     ("entropy_bands", {"ks": (1, 2)}, "bands"), ("entropy_bands", {"ks": (0, 1, 2, 3)}, "k of a band"), ("bh", {"alpha": .3, "max_k": 4}, "needs a null"),
-    ("hc", {"beta": 0}, "null|beta"), ("random", {"k": -1}, "k = -1"), ("topk", {"k": "3"}, "wrong type")])
+    ("hc", {"beta": 0}, "null|beta"), ("random", {"k": -1}, "k = -1"), ("topk", {"k": "3"}, "whole number"), ("topk", {"temperature": "hot"}, "wrong type")])
 def test_bad_parameters(name, params, message):
     with pytest.raises(ValueError, match=message): make_rule(name, **params)
 
