@@ -7,12 +7,13 @@ __all__ = ['calibration_trace', 'calibrated_null', 'resolve_source', 'mean_count
 
 # %% ../nbs/53_calibration.ipynb #c6dbeb5e
 import fcntl
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .core import Rule, in_range, known
+from .core import Context, Rule, as_view, in_range, known
 from .corpora import SOURCES, load_calibration
 from .models import fingerprint
 from .routers.adaptive import calibrate_threshold, calibrate_top_p
@@ -29,14 +30,15 @@ def calibration_trace(model, tokenizer,
                       batch_size: int = 16,
                       cache_dir: Path | None = None,   # default: cache_dir of settings.ini
                      ) -> Trace:
-    "The model's own logits on calibration texts, recorded once and found again by fingerprint."
+    "The model's own logits on calibration texts, recorded once and found again by the fingerprint of the model and the hash of the texts."
     in_range(texts, 1, 10**6, "calibration texts"), in_range(max_length, 2, 10**6, "max_length")
-    folder = Path(cache_dir or load_settings().cache_dir) / "calibration" / f"{fingerprint(model)}-{source}-{texts}x{max_length}"
+    rows = load_calibration(source, limit=texts)
+    name = hashlib.sha256("\0".join(r["text"] for r in rows).encode()).hexdigest()[:8]
+    folder = Path(cache_dir or load_settings().cache_dir) / "calibration" / f"{fingerprint(model)}-{source}-{name}-{len(rows)}x{max_length}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "a") as lock:         # processes that start together wait for the first
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / "trace.json").is_file() and (trace := Trace.open(folder)).head["complete"]: return trace
-        rows = load_calibration(source, limit=texts)
         def batches():
             for i in range(0, len(rows), batch_size):
                 part = rows[i:i + batch_size]
@@ -50,7 +52,7 @@ def calibrated_null(model, tokenizer,
                     cache_dir: Path | None = None,
                     **calibration,                     # of `calibration_trace`
                    ):                                  # a fitted null, checked against the model
-    "The null of a model, fitted once and kept beside its calibration trace."
+    "The null of a model, fitted on its calibration trace."
     known(kind, ("kde", "trimmed", "empirical", "conformal"), "null")
     logits = calibration_trace(model, tokenizer, cache_dir=cache_dir, **calibration).logits()
     return fit_null(logits, kind=kind, model=fingerprint(model))
@@ -67,7 +69,6 @@ def resolve_source(source: str,                        # embedded, local, hub or
 def mean_count(rule: Rule, logits: Tensor,             # logits (T, L, E)
                ) -> float:
     "Mean experts a token and layer that a rule uses on given logits."
-    from moe_routing.core import Context, as_view
     views = [as_view(logits[:, layer], context=Context(layer=layer, num_layers=logits.shape[1])) for layer in range(logits.shape[1])]
     return float(torch.stack([rule(view).counts.float().mean() for view in views]).mean())
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .core import Context, GateView, Routing, Rule, known, one_past_last, order_slots
 from .experts import ragged_experts
+from .models import fingerprint
 
 # %% ../nbs/42_patching.ipynb #c412bd63
 def _tensors(tree) -> list[Tensor]:
@@ -220,6 +221,7 @@ class MoELayers(list):
 def moe_layers(model: nn.Module,   # a transformers model
               ) -> MoELayers:      # in order of execution; `.refused` says which modules cannot be patched, and why
     "Find the Mixture-of-Experts layers of a model by what they do in a forward on two tokens; ValueError if there is none."
+    if not hasattr(model, "get_input_embeddings"): raise TypeError(f"a transformers model is needed, got {type(model).__name__} (load_model returns model and tokenizer)")
     found, refused = _probe(model)
     if not found:
         why = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:2])
@@ -550,6 +552,7 @@ def route(model: nn.Module,              # a transformers model with MoE layers
     rules = list(rule) if isinstance(rule, (list, tuple, nn.ModuleList)) else [rule] * len(layers)
     if len(rules) != len(layers): raise ValueError(f"{len(rules)} rules for {len(layers)} MoE layers: give one, or one for each layer")
     for layer, r in zip(layers, rules): _check_rule(layer, r, experts)
+    for null in {id(n): n for r in rules if (n := getattr(r, "null", None)) is not None}.values(): null.check(len(layers), layers[0].num_experts, fingerprint(model))
     return Patch(model, rules, layers, experts, observe, validate)
 
 # %% ../nbs/42_patching.ipynb #c126e7c0

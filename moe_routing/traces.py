@@ -113,18 +113,18 @@ class Recorder:
         self.samples, self.forward, self.rows, self.count = [], [], [], 0
         self.current, self.ended, self.checked = None, None, False
 
-    def start(self, sample_ids: list, texts: list[str], eos_token_id: int | None = None) -> None:
+    def start(self, sample_ids: list, texts: list[str], eos_token_id: int | list[int] | None = None) -> None:
         "The next forward holds these samples, one a row of the batch. Give `eos_token_id` before generating."
         first = self.head["samples"] + len(self.samples)
         self.current = torch.arange(first, first + len(sample_ids))
         self.samples += [{"id": i, "preview": t[:100], "loss": None, "tokens": 0} for i, t in zip(sample_ids, texts, strict=True)]
-        self.eos, self.ended = eos_token_id, torch.zeros(len(sample_ids), dtype=torch.bool)
+        self.eos, self.ended = None if eos_token_id is None else torch.as_tensor(eos_token_id), torch.zeros(len(sample_ids), dtype=torch.bool)
     def observe(self, context: Context, routing: Routing, hidden: Tensor) -> None:
         "One layer of one forward; called by `route`."
         if self.current is None: raise RuntimeError("the recorder heard a forward before start(sample_ids, texts) said whose it is")
         if context.layer != len(self.forward):
             raise RuntimeError(f"missing layers: layer {context.layer} of {self.num_layers} came when layer {len(self.forward)} was due")
-        wide = {}
+        wide = {"sum": routing.logits.sum(-1)}             # NaN and infinity survive a sum
         if "logits" in self.keep: wide["logits"] = routing.logits
         if "p_values" in self.keep:
             if "p_values" not in routing.extras: raise ValueError("keep has 'p_values', but this rule computes none: make it with keep_p_values=True")
@@ -152,8 +152,15 @@ def _valid_rows(self, context: Context) -> Tensor:
     valid, sequence, token = valid.cpu(), context.sequence.cpu(), context.token_id.cpu()
     if self.eos is None or len(sequence) != len(self.current): return valid   # a step of generate has one row a sequence
     valid = valid & ~self.ended[sequence]
-    self.ended[sequence] |= token == self.eos
+    self.ended[sequence] |= torch.isin(token, self.eos)
     return valid
+
+def _refuse_broken(sums: Tensor) -> None:
+    "ValueError when a real token (T, L) has logits that are NaN or infinite; padding was dropped before."
+    if not sums.isfinite().all():
+        token, layer = (~sums.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"gate logits are NaN or infinite, first in token {token} of the batch, layer {layer}: look for an overflow in the layers before it "
+                         "(half precision?) or a damaged checkpoint; shards that were written are kept")
 
 def _check(self, context: Context, routing: Routing) -> None:
     "The guards that one look at the first forward settles."
@@ -166,9 +173,12 @@ def _check(self, context: Context, routing: Routing) -> None:
 def _finish_forward(self, context: Context, routing: Routing) -> None:
     if not self.checked: _check(self, context, routing)
     for name in ("token_id", "sequence"): context.require(name, "recording")
+    if (held := int(context.sequence.max()) + 1) > len(self.current):
+        raise ValueError(f"a forward holds {held} sequences, but start() named {len(self.current)}: beams and num_return_sequences cannot be recorded, repeat the prompts in the batch instead")
     valid, E = _valid_rows(self, context), self.num_experts
     rows, layers, self.forward = valid.nonzero()[:, 0], self.forward, []
     on = lambda x: x.detach()[rows.to(x.device)].cpu()
+    _refuse_broken(on(torch.stack([wide["sum"] for _, _, wide in layers], 1)))
     K = max(experts.shape[1] for experts, _, _ in layers)
     widen = lambda x, fill: x if x.shape[1] == K else torch.cat([x, x.new_full((len(x), K - x.shape[1]), fill)], 1)
     position = torch.zeros_like(context.token_id) if context.position is None else context.position
@@ -249,8 +259,8 @@ class Trace:
         path = self.folder / shard["file"]
         if path.is_file() and _sha256(path) == shard["sha256"]: return path
         if not self.skip_damaged:
-            raise ValueError(f"{path} is missing or damaged (its checksum differs from trace.json): record it again, or read the rest with "
-                             "Trace.open(folder, skip_damaged=True)")
+            raise ValueError(f"{path} is missing or damaged (its checksum differs from trace.json): delete the folder and record it again, or read the "
+                             "rest with Trace.open(folder, skip_damaged=True)")
         self.damaged.append(shard["file"])
     def columns(self, names: Iterable[str] | None = None) -> Iterator[dict[str, Tensor]]:
         "The raw columns, one dict a shard; `names` limits them."
@@ -274,13 +284,15 @@ class Trace:
             with safe_open(path, "pt") as f: yield from json.loads(f.metadata()["samples"])
     def by_sample(self) -> Iterator[tuple[dict, list[Routing]]]:
         "Every sample with its L Routings, in the order of recording. A sample never spans shards: they end where batches end."
+        first = 0                                                  # number of the shard's first sample
         for shard in self.head["shards"]:
             part, samples = Trace(self.folder, {**self.head, "shards": [shard]}, self.skip_damaged), []
             for block, columns in zip(part, part.columns(("sample",))):
                 samples, order = list(part.samples()), columns["sample"].argsort(stable=True)
-                sizes = torch.bincount(columns["sample"].long() - int(columns["sample"].min()), minlength=len(samples)).tolist()
+                sizes = torch.bincount(columns["sample"].long() - first, minlength=len(samples)).tolist()
                 for sample, rows in zip(samples, order.split(sizes)): yield sample, [r.rows(rows) for r in block]
             self.damaged += part.damaged
+            first += shard["samples"]
     def logits(self) -> Tensor:
         "(T, L, E) float32, all of them in memory: for calibration sets."
         found = [c["logits"] for c in self.columns(("logits",))]
@@ -318,9 +330,12 @@ def record(model,
             ids = batch["input_ids"].to(model.device)
             mask = batch.get("attention_mask", torch.ones_like(ids)).to(model.device)
             names = list(batch.get("sample", range(seen, seen + len(ids))))
+            texts, new = list(batch.get("texts", [""] * len(ids))), slice(max(0, done - seen), None)
             seen += len(ids)
             if seen <= done: continue
-            recorder.start(names, list(batch.get("texts", [""] * len(ids))), model.generation_config.eos_token_id if generate else None)
+            if not ids.numel(): raise ValueError(f"the batch with sample {names[:1]} holds no token: leave empty texts out")
+            ids, mask, names, texts = ids[new], mask[new], names[new], texts[new]     # after a cut-off a batch may hold samples that are there
+            recorder.start(names, texts, model.generation_config.eos_token_id if generate else None)
             before = recorder.count
             if generate: model.generate(input_ids=ids, attention_mask=mask, **generate)
             else: logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -345,8 +360,12 @@ def config_name(strategy: str,                     # "topk", "bh", or any other 
                 level: float | None = None,        # alpha of BH; another rule's own level
                 suffix: str = "",                  # e.g. the weight convention when it is not native
                ) -> str:
-    "The seed's name of a configuration: 8experts_topk_baseline, 8experts_bh_a030. Rounds, where the seed cut off: int(.29 * 100) is 28."
-    body = f"{k_or_max_k}experts_topk_baseline" if strategy == "topk" else f"{k_or_max_k}experts_{strategy}" + ("" if level is None else f"_a{round(level * 100):03d}")
+    """The seed's name of a configuration: 8experts_topk_baseline, 8experts_bh_a030. Rounds, where the seed cut off: int(.29 * 100) is 28.
+    A level between whole percents is written out, so that two levels never share a name: 8experts_bh_a0p125."""
+    if strategy == "topk": body = f"{k_or_max_k}experts_topk_baseline"
+    else:
+        whole = level is not None and abs(level * 100 - round(level * 100)) < 1e-9
+        body = f"{k_or_max_k}experts_{strategy}" + ("" if level is None else f"_a{round(level * 100):03d}" if whole else f"_a{level:g}".replace(".", "p"))
     return body + (f"_{suffix}" if suffix else "")
 
 # %% ../nbs/50_traces.ipynb #c79b9b86
@@ -384,6 +403,7 @@ def write_logs(trace: Trace,
                floor: int = 1,                     # the least experts a token may use
               ) -> list[Path]:                     # the two files
     "Write the seed's summary and internal routing files. OSError before anything is written when they will not fit."
+    if internal_samples is not None: in_range(internal_samples, 0, float("inf"), "internal_samples")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     need, free = estimate_log_bytes(trace, internal_samples), shutil.disk_usage(folder).free
@@ -416,6 +436,8 @@ def write_logs(trace: Trace,
         parts[0].write_text(json.dumps({**head, "metrics": metrics, "summary": {"total_samples": trace.head["samples"], "total_tokens": trace.tokens,
                                                                                 "elapsed_time_seconds": round(elapsed, 3)}}, indent=2) + "\n")
         for part, file in zip(parts, files): os.replace(part, file)
+    except OSError as e:
+        raise OSError(e.errno, f"could not write {files[1]}: {e.strerror}; free space or lower internal_samples (now {internal_samples}) and start again, the trace is kept") from e
     finally:
         for part in parts: part.unlink(missing_ok=True)
     return files

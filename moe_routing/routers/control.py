@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import GateView, Routing, in_range, keyed_generator
-from .topk import Selector, chosen, rank_keys
+from .topk import Selector, chosen, rank_keys, whole
 
 # %% ../../nbs/13_routers.control.ipynb #cb639966
 def _k(rule: Selector, view: GateView) -> int:
@@ -30,7 +30,7 @@ class _Control(Selector):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.k is not None: in_range(self.k, 1, float("inf"), "k")
+        if self.k is not None: in_range(whole(self.k, "k"), 1, float("inf"), "k")
 
 # %% ../../nbs/13_routers.control.ipynb #cfea97f2
 @dataclass(frozen=True)

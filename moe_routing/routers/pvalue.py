@@ -164,8 +164,12 @@ def _save(null: Null, path: "str | Path"):
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{what}.{l}": t.contiguous() for what, ts in (("knots", null.knots), ("tails", null.tails)) for l, t in enumerate(ts)}
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={"null": json.dumps({k: getattr(null, k) for k in ("kind", "num_experts", "tokens", "model", "options")})})
-    part.replace(path)
+    try:
+        save_file(tensors, part, metadata={"null": json.dumps({k: getattr(null, k) for k in ("kind", "num_experts", "tokens", "model", "options")})})
+        part.replace(path)
+    except (OSError, SafetensorError) as e:
+        part.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {e}; free some space, or save it elsewhere") from e
 
 def _check(null: Null, num_layers: int | None, num_experts: int | None, fingerprint: str | None = None):
     "Raise one ValueError unless the null was fitted for such a model; what is None or unknown is not compared."
@@ -266,6 +270,7 @@ class _Tested(Selector):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.max_k is None: raise ValueError(f"{type(self).__name__} needs max_k, the most experts of a token: give the number of experts for no ceiling")
         check_counts(self.min_k, self.max_k)
         if not isinstance(self.null, Null): raise ValueError(f"{type(self).__name__} needs a null: pass null=fit_null(calibration_logits), got {self.null!r}")
     def p_values(self, view: GateView) -> Tensor:

@@ -70,7 +70,7 @@ def make_rule(name: str,          # a name in ROUTERS
     missing = [f.name for f in fields(row.rule) if f.init and f.default is MISSING and f.default_factory is MISSING and f.name not in params]
     if missing: raise ValueError(f"{name} needs {' and '.join(missing)}: make_rule({name!r}, {', '.join(m + '=...' for m in missing)})")
     try: return row.rule(**params)
-    except TypeError as e: raise ValueError(f"a parameter of {name} has a wrong type ({e}): got {params}") from e
+    except TypeError as e: raise ValueError(f"a parameter of {name} has a wrong type ({e}): got { {n: v for n, v in params.items() if n != 'null'} }") from e
 
 # %% ../../nbs/19_routers.zoo.ipynb #cb42fa3a
 class Router(nn.Module):
