@@ -49,7 +49,7 @@ def make_tokenizer(texts: list[str],             # to learn from
 @dataclass(frozen=True)
 class TinyRecipe:
     "All that determines the tiny model, besides the corpus."
-    steps: int = 1750            # optimizer steps
+    steps: int = 1500            # optimizer steps
     seed: int = 0                # of the initial weights and of the order of the text
     batch: int = 4               # sequences a step
     length: int = 128            # tokens a sequence
