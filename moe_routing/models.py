@@ -162,16 +162,20 @@ def train_tiny(recipe: TinyRecipe, tokens: list[list[int]],     # the documents 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = OlmoeForCausalLM._from_config(tiny_config(recipe), experts_implementation=experts).train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)   # the same bits on any number of cores; steps this small gain little from a second thread and stall when another process has its core
     batches, optimizers = training_batches(tokens, recipe), _optimizers(model, recipe)
     first, log = _load_checkpoint(checkpoint, model, optimizers) if checkpoint else (0, {"losses": [], "seconds": 0.0})
     before, started, last = log["seconds"], time.perf_counter(), min(stop or recipe.steps, recipe.steps)
-    bar = tqdm(range(first, last), initial=first, total=recipe.steps, desc="training the tiny model", unit="step", disable=not progress, mininterval=.5)
-    for i in bar:
-        log["losses"].append(round(_step(model, optimizers, batches[i], learning_rate_share(i, recipe)), 4))
-        log["seconds"] = before + time.perf_counter() - started
-        if i % 10 == 0: bar.set_postfix(loss=f"{log['losses'][-1]:.2f}")
-        if checkpoint and (i + 1) % every == 0 and i + 1 < recipe.steps: _save_checkpoint(checkpoint, model, optimizers, i + 1, log)
-    log |= {"tokens": len(log["losses"]) * recipe.batch * recipe.length, "threads": torch.get_num_threads()}
+    bar = tqdm(range(first, last), initial=first, total=recipe.steps, desc="training the tiny model", unit="step", disable=not progress, mininterval=2)
+    try:
+        for i in bar:
+            log["losses"].append(round(_step(model, optimizers, batches[i], learning_rate_share(i, recipe)), 4))
+            log["seconds"] = before + time.perf_counter() - started
+            if i % 50 == 0: bar.set_postfix(loss=f"{log['losses'][-1]:.2f}", refresh=False)
+            if checkpoint and (i + 1) % every == 0 and i + 1 < recipe.steps: _save_checkpoint(checkpoint, model, optimizers, i + 1, log)
+    finally: torch.set_num_threads(threads)
+    log |= {"tokens": len(log["losses"]) * recipe.batch * recipe.length, "threads": 1}
     return model.eval(), log
 
 # %% ../nbs/41_models.ipynb #cbb94365

@@ -431,7 +431,6 @@ def execute(plan: Plan,
     root = Path(root or find_root())
     folder = plan.folder / name
     for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ[key] = str(load_settings(root).threads or threads)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # threads that spin while they wait make a shared machine many times slower
     if name == "prepare": template, point = plan.study.prepare, dict(plan.prepare)
     else:
         from moe_routing.core import known
