@@ -133,7 +133,8 @@ def _nothing(ax, what: str) -> pd.DataFrame:
 def _shade(max_k, all_k) -> tuple:
     "Blue, darker for a larger max_k."
     import matplotlib
-    at = sorted(all_k).index(max_k) / max(len(set(all_k)) - 1, 1)
+    levels = sorted(set(all_k))
+    at = levels.index(max_k) / max(len(levels) - 1, 1)
     return matplotlib.colormaps["Blues"](.4 + .55 * at)
 
 def _lines(ax, bh, baseline, value: str, ylabel: str) -> pd.DataFrame:
@@ -142,11 +143,13 @@ def _lines(ax, bh, baseline, value: str, ylabel: str) -> pd.DataFrame:
     for i, (k, part) in enumerate(lines.groupby("k_or_max_k")):
         ax.plot(part.alpha, part[value], marker="os^Dvp"[i % 6], color=_shade(k, lines.k_or_max_k), label=f"BH, max k {k}")
     base = baseline.groupby("k_or_max_k", as_index=False)[value].mean()
+    for y in base[value]: ax.axhline(y, ls="--", lw=.8, color=PALETTE["black"], alpha=.7)
     low, high = ax.get_ylim()
-    spread = max(high - low, 1e-9)
-    for k, y in zip(base.k_or_max_k, base[value]):
-        ax.axhline(y, ls="--", lw=.8, color=PALETTE["black"], alpha=.7)
-        if low - 2 * spread < y < high + 2 * spread: ax.annotate(f"top-{k}", (1, y), xycoords=("axes fraction", "data"), fontsize=6.5, ha="right", va="bottom")
+    rows = sorted(zip(base[value], base.k_or_max_k))
+    while rows:                                    # lines that lie together share a label
+        near = [r for r in rows if r[0] - rows[0][0] < .045 * (high - low)]
+        ax.annotate("top-" + ", ".join(str(k) for _, k in sorted(near, key=lambda r: r[1])), (1, near[-1][0]), xycoords=("axes fraction", "data"), fontsize=6.5, ha="right", va="bottom")
+        rows = rows[len(near):]
     ax.set(xlabel="alpha", ylabel=ylabel)
     ax.legend()
     return pd.concat([lines.assign(kind="bh"), base.assign(kind="topk")])

@@ -300,7 +300,7 @@ def _run_names(points: list[dict], ids: list[str]) -> list[str]:
     "Readable and unique: the values that differ between the runs, and six digits of the id."
     keys = [k for k in dict.fromkeys(k for p in points for k in p) if k not in ("group",)]
     varied = [k for k in keys if len({json.dumps(p.get(k), sort_keys=True) for p in points}) > 1]
-    return ["-".join([*(_slug(p[k]) for k in varied if p.get(k) is not None), i[:6]]) for p, i in zip(points, ids)]
+    return ["-".join([*(_slug(p[k]) for k in varied if not isinstance(p.get(k), (bool, type(None)))), i[:6]]) for p, i in zip(points, ids)]
 
 # %% ../nbs/70_runs.ipynb #cf351fdc
 def plan_study(name: str,                          # a file papermill_runs/studies/<name>.yaml, or a path to one
@@ -416,8 +416,10 @@ def _progress(plan: Plan, root: Path, name: str, seconds: float) -> str:
     "How many runs are done, and how long the rest will take at the pace of this session."
     owner, now = _read(_steering(root) / f"{plan.folder.name}.json") or {}, time.time()
     done = [p.stat().st_mtime for p in map(Path, plan.markers()) if p.exists()]
-    fresh = sum(t >= owner.get("since", 0) for t in done)
-    left = (now - owner.get("since", now)) / fresh * (len(plan.runs) - len(done)) if fresh else 0
+    ready = plan.folder / "prepare" / "finished"           # the time before the first run says nothing about the others
+    since = max(owner.get("since", now), ready.stat().st_mtime if ready.exists() else 0)
+    fresh = sum(t >= since for t in done)
+    left = (now - since) / fresh * (len(plan.runs) - len(done)) if fresh else 0
     eta = f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left" if left else "all done"
     return f"[{len(done):3d}/{len(plan.runs)}] {name}  {seconds:.1f} s  {eta}"
 
@@ -433,8 +435,10 @@ def execute(plan: Plan,
     for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ[key] = str(load_settings(root).threads or threads)
     if name == "prepare": template, point = plan.study.prepare, dict(plan.prepare)
     else:
-        from moe_routing.core import known
-        template, point = plan.study.template, dict(plan.runs[known(name, plan.runs, "run")])
+        if name not in plan.runs:
+            from moe_routing.core import known     # brings torch along, which a process that only steers does not need
+            known(name, plan.runs, "run")
+        template, point = plan.study.template, dict(plan.runs[name])
     group = point.pop("group", "")
     record = _read(folder / "run.json")
     if record is None or name == "prepare" or run_state(folder, code_hash(template_path(template, root))) != "finished":

@@ -159,12 +159,14 @@ def wilson(successes: int,           # right answers
            level: float = .95,
           ) -> Interval:             # share, low, high
     "A share with Wilson's interval."
-    from scipy.stats import binomtest
+    from statistics import NormalDist
     if n != int(n) or n < 1: raise ValueError(f"n = {n!r}: at least one question is needed")
     if successes != int(successes): raise ValueError(f"successes = {successes!r} is not a whole number: give the count, not the share")
     in_range(successes, 0, n, "successes"), in_range(level, 0, 1, "level", True, True)
-    ci = binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
-    return Interval(successes / n, float(ci.low), float(ci.high), None, int(n), "wilson")
+    z, p = NormalDist().inv_cdf(.5 + level / 2), successes / n
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** .5
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return Interval(p, max(0.0, low), min(1.0, high), None, int(n), "wilson")
 
 # %% ../nbs/03_stats.ipynb #c6641316
 class Equivalence(NamedTuple):

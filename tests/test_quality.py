@@ -6,7 +6,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeForCausalLM
 
 from moe_routing.models import TinyRecipe, make_tokenizer, tiny_config
-from moe_routing.quality import encode, lambada, measure_speed, multiple_choice, perplexity, score, unigram_perplexity, wilson, _ratio_interval
+from moe_routing.quality import encode, lambada, measure_speed, multiple_choice, perplexity, score, unigram_perplexity, _ratio_interval
 
 WORDS = "the old river runs past a small stone bridge where nobody waits for rain and 12 birds sing".split()
 
@@ -156,11 +156,7 @@ def test_recorder_hears_every_row_once_and_in_order(model, tokenizer):
     assert all(heard[r["id"]][1] == pytest.approx(r["loss"], abs=1e-5) for r in result.samples)
 
 
-def test_wilson_against_scipy():
-    from scipy.stats import binomtest
-    for k, n in ((0, 5), (3, 7), (7, 7), (180, 400)):
-        theirs = binomtest(k, n).proportion_ci(.95, method="wilson")
-        assert wilson(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
 
 
 def test_ratio_interval():

@@ -127,6 +127,13 @@ def test_adjustment_of_a_table():
     with pytest.raises(ValueError, match="nan"): benjamini_hochberg([float("nan")])
 
 
+def test_wilson_against_scipy():
+    from scipy.stats import binomtest
+    for k, n in ((0, 5), (3, 7), (7, 7), (180, 400)):
+        theirs = binomtest(k, n).proportion_ci(.95, method="wilson")
+        assert wilson(k, n)[1:3] == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
 def test_wilson_edges():
     assert wilson(0, 10).low == pytest.approx(0) and wilson(10, 10).high == pytest.approx(1) and wilson(5, 10).estimate == .5
     for bad in ((.5, 10), (11, 10), (-1, 10), (0, 0)):
