@@ -52,7 +52,7 @@ test: venv
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV):$$PATH" $(VENV)/python -m pytest -n 2 tests
 
 notebooks: venv
-	@PATH="$(CURDIR)/$(VENV):$$PATH"; nbdev-export && HF_HUB_OFFLINE=1 nbdev-test --n-workers 2 --save && nbdev-clean && $(VENV)/python -m moe_routing readme
+	@PATH="$(CURDIR)/$(VENV):$$PATH"; export HF_HUB_OFFLINE=1; nbdev-export && nbdev-test --n-workers 2 --save --skip-folder-re runs && nbdev-test nbs/runs && nbdev-clean && $(VENV)/python -m moe_routing readme
 
 readme: venv
 	@$(VENV)/python -m moe_routing readme
