@@ -24,6 +24,9 @@ def main() -> int:
     verbs.add_parser("readme", help="write README.md from nbs/index.ipynb")
     verbs.add_parser("status", help="runs finished, failed, stale and running, by study")
     args, more = parser.parse_known_args()
+    if hasattr(args, "overrides"):                 # argparse gives up on key=value behind an option
+        args.overrides += [m for m in more if "=" in m and not m.startswith("-")]
+        more = [m for m in more if m not in args.overrides]
     if more and args.verb != "run": parser.error(f"unknown arguments: {' '.join(more)}")
 
     from moe_routing import runs

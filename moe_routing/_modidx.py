@@ -369,6 +369,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'moe_routing.reports._lines': ('reports.html#_lines', 'moe_routing/reports.py'),
                                      'moe_routing.reports._md': ('reports.html#_md', 'moe_routing/reports.py'),
                                      'moe_routing.reports._nothing': ('reports.html#_nothing', 'moe_routing/reports.py'),
+                                     'moe_routing.reports._perplexity_ratio': ('reports.html#_perplexity_ratio', 'moe_routing/reports.py'),
                                      'moe_routing.reports._recommendations': ('reports.html#_recommendations', 'moe_routing/reports.py'),
                                      'moe_routing.reports._shade': ('reports.html#_shade', 'moe_routing/reports.py'),
                                      'moe_routing.reports.against_own': ('reports.html#against_own', 'moe_routing/reports.py'),

@@ -22,7 +22,7 @@ from .settings import find_root, load_settings
 from .figures import PALETTE, router_style, save_fig, use_style
 from .routers.pvalue import noise_curve, null_law
 from .runs import Plan, load_runs, write_atomic
-from .stats import benjamini_hochberg, paired_bootstrap, paired_ratio, verdict
+from .stats import FEW, benjamini_hochberg, paired_bootstrap, paired_ratio, paired_t, verdict
 
 # %% ../nbs/72_reports.ipynb #c082c7fe
 FIRST = ["config_name", "group", "routing_type", "k_or_max_k", "alpha", "dataset", "avg_experts", "perplexity", "lambada_accuracy", "hellaswag_accuracy"]
@@ -61,6 +61,11 @@ def at_mean_k(curve: dict[int, pd.DataFrame], k: float, column: str,   # from `f
     share = 0 if high == low else (k - low) / (high - low)
     return (1 - share) * curve[low][column].astype(float) + share * curve[high][column].astype(float)
 
+# %% ../nbs/72_reports.ipynb #cf0ba77e
+def _perplexity_ratio(mine: pd.DataFrame, other: pd.Series):
+    "Ratio of token-weighted perplexities of one run's documents to other losses of the same documents."
+    return paired_ratio(mine.loss * mine.tokens, other * mine.tokens, mine.tokens, method="t" if len(mine) < FEW["studentised"] else "studentised")
+
 # %% ../nbs/72_reports.ipynb #cae23fa7
 def compare_at_equal_k(runs: pd.DataFrame,         # of a study
                        routers: tuple = ("bh", "top_p", "threshold", "random"),   # compared with fixed top-k
@@ -72,8 +77,9 @@ def compare_at_equal_k(runs: pd.DataFrame,         # of a study
         mine, curve = document_table(runs, run.run), fixed_curve(runs, run.dataset, run.weigh)
         try: fixed = {c: at_mean_k(curve, run.effective_k, c).loc[mine.index] for c in ("loss", "correct") if c in mine and mine[c].notna().all()}
         except ValueError: continue
-        if "correct" in fixed: test, better = paired_bootstrap(mine.correct.astype(float), fixed["correct"]), "higher"
-        else: test, better = paired_ratio(mine.loss * mine.tokens, fixed["loss"] * mine.tokens, mine.tokens), "lower"
+        few = len(mine) < FEW["studentised"]       # a bootstrap over so few documents does not keep its level
+        if "correct" in fixed: test, better = (paired_t if few else paired_bootstrap)(mine.correct.astype(float), fixed["correct"]), "higher"
+        else: test, better = _perplexity_ratio(mine, fixed["loss"]), "lower"
         rows.append({"run": run.run, "config": run.notes["config"], "router": run.router, "dataset": run.dataset, "mean_k": run.effective_k,
                      "measure": "accuracy difference" if better == "higher" else "perplexity ratio", "estimate": test.estimate, "low": test.low, "high": test.high,
                      "p": test.p, "documents": len(mine)})
@@ -102,7 +108,7 @@ def against_own(runs: pd.DataFrame, dataset: str, own_k: int,   # language-model
     base, rows = document_table(runs, own.iloc[0].run), []
     for run in here.itertuples():
         mine = document_table(runs, run.run).loc[base.index]
-        ratio = paired_ratio(mine.loss * mine.tokens, base.loss * mine.tokens, mine.tokens) if run.run != own.iloc[0].run else None
+        ratio = _perplexity_ratio(mine, base.loss) if run.run != own.iloc[0].run else None
         rows.append({"run": run.run, "config": run.notes["config"], "router": run.router, "group": run.group, "mean_k": run.effective_k, "perplexity": run.perplexity,
                      "ratio": ratio.estimate if ratio else 1.0, "low": ratio.low if ratio else 1.0, "high": ratio.high if ratio else 1.0})
     return pd.DataFrame(rows).sort_values(["mean_k", "perplexity"], ignore_index=True)

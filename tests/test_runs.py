@@ -155,6 +155,14 @@ def test_misspelt_parameter_and_study_are_refused_before_anything_runs(lab):
     assert code == 1 and "'demo'" in text
 
 
+def test_an_override_makes_a_study_of_its_own(lab):
+    study(lab, [.1], seconds=0)
+    text, code = finish(lab, "run", "demo", "--cores", "2", "seconds=0.1")
+    assert code == 0 and "1 of 1 runs finished" in text, text
+    (record,) = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "demo--0.1").glob("*/run.json")]
+    assert record["parameters"]["seconds"] == .1 and not (lab / "papermill_runs" / "demo").exists()
+
+
 def test_gpus_are_handed_out_one_to_a_run(lab, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     (lab / "settings.ini").write_text("[moe_routing]\n")
