@@ -445,13 +445,15 @@ def run_benchmarks(names: list[str] | None = None,  # of templates bench_<name>;
     for name in names or there:
         file = folder / f"{known(name, there, 'benchmark')}.json"
         file.unlink(missing_ok=True)
-        pm.execute_notebook(there[name], folder / f"{name}.ipynb", {"smoke": False, "out": str(file)}, kernel_name="python3", progress_bar=False, cwd=root)
+        pm.execute_notebook(there[name], folder / f"{name}.ipynb", {"smoke": False, "out": str(file)}, kernel_name="python3", progress_bar=False, cwd=root,
+                            extra_arguments=["--log-level=50"])
         rows += [{"benchmark": name, **row} for row in json.loads(file.read_text())]
         print(f"{name}: {sum(r['benchmark'] == name for r in rows)} rows", flush=True)
     table, device = pd.DataFrame(rows), torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     table.to_csv(root / "figures" / "benchmarks.csv", index=False, float_format="%.4g", lineterminator="\n")
     path = root / "figures" / "benchmarks.md"
-    shown = table.drop(columns=[c for c in ("ours_ms", "peer_ms", "pairs") if c in table])
+    shown = table.assign(ratio=table.ratio.fillna(table.value) if "value" in table else table.ratio).rename(columns={"ratio": "figure"})
+    shown = shown.drop(columns=[c for c in ("ours_ms", "peer_ms", "pairs", "value") if c in shown]).astype(object).where(lambda t: t.notna(), "")
     write_atomic(path, f"# Benchmarks\n\nMeasured in turns inside one process each, on: {device}. Medians with 95 % intervals; `met` says whether the target was reached.\n\n"
                  + shown.to_markdown(index=False, floatfmt=".3f") + "\n")
     return path
