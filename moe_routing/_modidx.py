@@ -386,6 +386,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'moe_routing.reports.panel_accuracy': ('reports.html#panel_accuracy', 'moe_routing/reports.py'),
                                      'moe_routing.reports.panel_behaviour': ('reports.html#panel_behaviour', 'moe_routing/reports.py'),
                                      'moe_routing.reports.panel_efficiency': ('reports.html#panel_efficiency', 'moe_routing/reports.py'),
+                                     'moe_routing.reports.panel_equal_k': ('reports.html#panel_equal_k', 'moe_routing/reports.py'),
                                      'moe_routing.reports.panel_layers': ('reports.html#panel_layers', 'moe_routing/reports.py'),
                                      'moe_routing.reports.panel_pareto': ('reports.html#panel_pareto', 'moe_routing/reports.py'),
                                      'moe_routing.reports.panel_perplexity': ('reports.html#panel_perplexity', 'moe_routing/reports.py'),

@@ -6,7 +6,8 @@
 __all__ = ['FIRST', 'PANELS', 'REPORTS', 'results_table', 'document_table', 'fixed_curve', 'at_mean_k', 'compare_at_equal_k',
            'pareto_front', 'against_own', 'best_trade_off', 'noise_distance', 'panel_perplexity', 'panel_accuracy',
            'panel_efficiency', 'panel_sensitivity', 'panel_pareto', 'panel_behaviour', 'panel_utilization',
-           'panel_layers', 'panel_speed', 'draw_panels', 'bh_routing_report', 'build_report', 'run_benchmarks']
+           'panel_layers', 'panel_speed', 'draw_panels', 'panel_equal_k', 'bh_routing_report', 'build_report',
+           'run_benchmarks']
 
 # %% ../nbs/72_reports.ipynb #cf2f4a12
 import json
@@ -292,6 +293,7 @@ def draw_panels(table: pd.DataFrame,               # from `results_table`
                 folder: Path,                      # where visualizations/ is made
                 prefix: str,                       # of the single panels' names
                 also: Path | None = None,          # another folder for the single panels
+                equal: pd.DataFrame | None = None, # from `compare_at_equal_k`: draws that figure too
                ) -> list[Path]:                    # the figures
     "The nine panels in one figure, bh_comprehensive_comparison.png, and each on its own."
     import matplotlib
@@ -310,9 +312,27 @@ def draw_panels(table: pd.DataFrame,               # from `results_table`
         _honest_titles({k: ax if k == name else axes[k] for k in axes}, table)
         for target in filter(None, (out, also)): made.append(save_fig(single, f"{prefix}-{name}", source, target))
         plt.close(single)
+    if equal is not None:
+        single, ax = plt.subplots(figsize=(5.4, 3))
+        source = panel_equal_k(ax, equal)
+        for target in filter(None, (out, also)): made.append(save_fig(single, f"{prefix}-equal_k", source, target))
+        plt.close(single)
     fig.savefig(out / "bh_comprehensive_comparison.png", dpi=200, metadata={"Software": None})
     plt.close(fig)
     return [out / "bh_comprehensive_comparison.png", *made]
+
+# %% ../nbs/72_reports.ipynb #c35646ad
+def panel_equal_k(ax, equal: pd.DataFrame):            # from `compare_at_equal_k`
+    "Perplexity ratio to fixed top-k at equal mean k, 95 % intervals; random routing, far above, is left to the table."
+    part = equal[(equal.measure == "perplexity ratio") & (equal.router != "random")].sort_values("mean_k") if len(equal) else equal
+    if part.empty: return _nothing(ax, "equal-k")
+    for name, rows in part.groupby("router"):
+        ax.errorbar(rows.mean_k, rows.estimate, yerr=[rows.estimate - rows.low, rows.high - rows.estimate], ls="", lw=.9, capsize=2, label=name, **router_style(name))
+    ax.axhline(1, color=PALETTE["black"], lw=.8)
+    ax.annotate("fixed top-k", (1, 1), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+    ax.set(title="Against fixed top-k with as many experts", xlabel="mean experts a token", ylabel="perplexity ratio, under 1 is better")
+    ax.legend()
+    return part[["config", "router", "mean_k", "estimate", "low", "high", "p_adjusted", "verdict"]]
 
 # %% ../nbs/72_reports.ipynb #ce2aad7f
 def _md(table: pd.DataFrame, digits: int = 3) -> str:
@@ -390,9 +410,9 @@ def bh_routing_report(plan: Plan,
     table.to_csv(plan.folder / "bh_routing_results.csv", index=False, lineterminator="\n", float_format="%.6g")
     table.to_json(plan.folder / "bh_routing_results.json", orient="records", indent=2)
     published = find_root() / "figures" if options.get("publish") and not plan.overrides else None
-    draw_panels(table, plan.folder, plan.folder.name.replace("--", "_").replace("-", "_").replace(".", "_"), published)
     if published: _exemplar(plan.folder / next(r.run for r in runs.itertuples() if r.router == "bh"), plan.folder / "exemplar.ipynb")
     equal, noise = compare_at_equal_k(runs), noise_distance(runs)
+    draw_panels(table, plan.folder, plan.folder.name.replace("--", "_").replace("-", "_").replace(".", "_"), published, equal)
     lm = next((d for d in ("wikitext", "prompts") if d in set(runs.dataset)), None)
     trade = against_own(runs, lm, facts["own_k"]) if lm else None
     main = runs[runs.group.isin(["baseline", "bh"])]
