@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['known', 'in_range', 'Context', 'one_past_last', 'order_slots', 'Routing', 'GateView', 'softmax_weigh', 'as_view',
-           'Rule', 'keyed_generator']
+           'Rule', 'keyed_generator', 'Router']
 
 # %% ../nbs/00_core.ipynb #c3dd6dce
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #c9c14c9b
 def known(name: str,              # the name that was asked for
@@ -215,3 +215,44 @@ def keyed_generator(seed: int,              # of the run
     "A generator whose draws depend on (seed, forward, layer) and on nothing else."
     mixed = (int(seed) * 1_000_003 + context.forward) * 1_009 + context.layer
     return torch.Generator().manual_seed(mixed % (1 << 63))
+
+# %% ../nbs/00_core.ipynb #cb42fa3a
+class Router(nn.Module):
+    "A linear scorer followed by a rule."
+    def __init__(self,
+                 rule: Rule,                     # everything after scoring, in training
+                 hidden_size: int,               # H
+                 num_experts: int,               # E
+                 k: int | None = None,           # what rules with k = None take; default min(8, E)
+                 eval_rule: Rule | None = None,  # in evaluation; None: the same rule
+                 losses: dict[str, float] | None = None,  # auxiliary losses it is trained with -> coefficient
+                ):
+        super().__init__()
+        in_range(hidden_size, 1, float("inf"), "hidden_size")
+        in_range(num_experts, 1, float("inf"), "num_experts")
+        self.rule, self.eval_rule, self.k, self.losses, self.as_trained = rule, eval_rule, k, dict(losses or {}), False
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        nn.init.normal_(self.weight, std=hidden_size ** -.5)
+    def score(self, hidden: Tensor, context: Context, state) -> tuple[Tensor, object]:
+        "Hidden states (T, H) float32 to logits (T, E), and the state for the next layer."
+        return nn.functional.linear(hidden, self.weight.float()), state
+    def view(self, logits: Tensor, context: Context) -> GateView:
+        "The view that the rule decides on; routers that steer by a bias put it into `choice`."
+        return as_view(logits, self.k, context)
+    def forward(self,
+                hidden: Tensor,                  # (T, H), any floating dtype
+                context: Context | None = None,  # of this layer and forward
+                state=None,                      # handed through depth; routers without memory return it unchanged
+               ) -> tuple[Routing, object]:
+        context = context or Context()
+        with torch.autocast(hidden.device.type, enabled=False): logits, state = self.score(hidden.float(), context, state)
+        rule = self.rule if self.training or self.as_trained or self.eval_rule is None else self.eval_rule
+        return rule(self.view(logits, context)), state
+    def steer(self,
+              gather: Callable[[Tensor], Tensor] = lambda x: x,  # (N, ...) of this process -> (N of all processes, ...)
+             ) -> None:
+        "Change what balances the load, once after an optimizer step. Nothing to do for a router without such a state."
+    def extra_repr(self) -> str:
+        "The rules and losses, for printing."
+        later = "" if self.eval_rule is None else f", evaluated with {self.eval_rule.describe()}"
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.rule.describe()}{later}" + (f", losses {self.losses}" if self.losses else "")
