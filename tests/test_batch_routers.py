@@ -147,6 +147,8 @@ def test_as_shipped_against_the_definition():
     want = torch.zeros(T, E).scatter_(1, ids, values.softmax(-1))
     routing = ExpertChoiceAsShipped(k, capacity_factor=1.25, clamp=clamp)(logits).validate()
     assert torch.allclose(routing.dense(), want, atol=1e-6) and torch.equal(routing.extras["fallback"], ~picked.any(-1))
+    ranked_by_probability = replace(as_view(logits, k), choice=logits.softmax(-1))
+    assert torch.equal(ExpertChoiceAsShipped(k, capacity_factor=1.25, clamp=clamp)(ranked_by_probability).mask, routing.mask)
     assert ExpertChoiceAsShipped(k)(logits_of(32 * 256, 8)).extras["fallback"].float().mean() >= .9375
     assert ExpertChoiceAsShipped(k)(logits_of(32 * 256, 32)).extras["fallback"].float().mean() >= .75
 
