@@ -184,8 +184,8 @@ def nominal_k(recipe: Recipe) -> float:
     return float(f"{demanded:.3g}")
 
 def expert_width(recipe: Recipe, k: float) -> int:
-    "Width of an expert: that of the reference, or what spends the reference's arithmetic on `k` experts."
-    return recipe.intermediate if recipe.match == "width" else max(1, round(recipe.intermediate * recipe.k / k))
+    "Width of an expert: that of the reference, or what spends the reference's arithmetic on `k` experts; a multiple of 8, as grouped products need."
+    return recipe.intermediate if recipe.match == "width" else 8 * max(1, round(recipe.intermediate * recipe.k / k / 8))
 
 # %% ../nbs/43_training.ipynb #c404784a
 def _draw(shape: torch.Size, std: float, *key) -> Tensor:
@@ -457,7 +457,10 @@ def prepare(recipe: Recipe, text: TrainingText,
            ) -> _Steps:                      # call it with a step's number; `patch.__exit__` and `unmount` end it
     "Model, routers, open patch, optimizer and batches, ready for the first step."
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, set_seed
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.mixed_precision:
+        AcceleratorState._reset_state()                # without it, a second training in this process could not ask for another precision
     cpu = load_settings().device == "cpu" if cpu is None else cpu
     ddp = DistributedDataParallelKwargs(find_unused_parameters=not find_row(recipe.router).trainable)
     accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=_trackers(trackers, folder), project_dir=folder, kwargs_handlers=[ddp])
