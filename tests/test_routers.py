@@ -4,14 +4,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_routing.core import Context, GateView, as_view, one_past_last
+from moe_routing.core import Context, GateView, Router, as_view, one_past_last
 from moe_routing.routers.adaptive import EntropyBands, Threshold, TopP, calibrate_threshold, calibrate_top_p
 from moe_routing.routers.control import PositionHash, Random, TokenHash
 from moe_routing.routers.pvalue import fit_null
 from moe_routing.routers.topk import WEIGHTS, TopK, chosen, rank_keys, score_keys, weigh
-from moe_routing.routers.zoo import ROUTERS, make_router, make_rule
+from moe_routing.routers.zoo import CONTRACTS, ROUTERS, Row, check_contracts, example_context, find_row, invariances, make_router, make_rule, zoo_table
 
 INF = float("inf")
+CHOOSING = [n for n, r in ROUTERS.items() if r.chooses == "token"]     # a token ranks its experts, and nothing else matters
+IGNORES = [n for n, r in ROUTERS.items() if r.chooses == "nobody"]
+WHOLE = [n for n, r in ROUTERS.items() if r.chooses in ("expert", "batch")]
 
 
 def logits_of(T, E, seed=0, scale=1.5):
@@ -24,7 +27,7 @@ def context_of(T, **more):
 
 
 def rule_of(row, E, **more):
-    cut = {k: min(v, E) if k in ("k", "max_k") else v for k, v in row.example.items()}
+    cut = {k: min(v, E) if k in ("k", "max_k") else v for k, v in {**row.defaults, **row.example}.items()}
     null = {"null": fit_null(logits_of(200, E, seed=9)[:, None], "conformal")} if row.needs_null else {}
     return make_rule(row.name, **{**cut, **null, **more})
 
@@ -59,9 +62,9 @@ def test_contract_grid(name, gate):
                 assert torch.equal(routing.experts, again.experts) and torch.equal(routing.weights, again.weights)
                 assert routing.experts.shape[0] == T and routing.logits is view.logits
                 if T and name != "position_hash": assert not (routing.mask & (view.choice == -INF)).any()
-                if T: assert (routing.counts >= 1).all()
+                if T and name not in ("expert_choice", "expert_threshold"): assert (routing.counts >= 1).all()
                 if convention in ("renorm", "softk", "uniform") and T:
-                    assert (routing.weights.float().sum(-1) - 1).abs().max() < 2e-2
+                    assert ((routing.weights.float().sum(-1) - 1).abs()[routing.counts > 0] < 2e-2).all()
                 if convention in ("native", "mass", "renorm"): assert routing.weights.dtype == dtype
 
 
@@ -71,14 +74,14 @@ def test_permuting_experts(name):
     null = {"null": fit_null(logits_of(200, 16, seed=9), "kde")} if row.needs_null else {}
     rule = make_rule(name, **row.example, **null)
     plain, renamed = rule(softmax_gate(logits)), rule(softmax_gate(logits[:, order]))
-    assert torch.allclose(renamed.dense(), plain.dense()[:, order], atol=1e-6) == (not row.fixed_ids)
+    assert torch.allclose(renamed.dense(), plain.dense()[:, order], atol=1e-6) == (not row.exempt.get("permuting experts permutes the answer"))
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_extreme_logits_and_ties(name):
     for logits in (torch.zeros(4, 8), torch.full((4, 8), -1e30), logits_of(4, 8) * 1e30, logits_of(4, 8) * 1e-38, logits_of(40, 8).round()):
         routing = rule_of(ROUTERS[name], 8)(softmax_gate(logits)).validate()
-        if not ROUTERS[name].fixed_ids:
+        if name in CHOOSING:
             for l, experts in zip(logits.tolist(), routing.experts.tolist()):
                 used = [e for e in experts if e < 8]
                 assert set(used) == set(sorted(range(8), key=lambda e: (-l[e], e))[:len(used)])
@@ -190,19 +193,141 @@ def test_calibration(calibrate, rule):
         with pytest.raises(ValueError, match="target_k"): calibrate(logits, 17, min_k=min_k, max_k=max_k)
 
 
+def example_of(row, E=8, **more):
+    null = {"null": fit_null(logits_of(200, E, seed=9), "conformal")} if row.needs_null else {}
+    return {"k": 2, **row.example, **null, **more}
+
+
 @pytest.mark.parametrize("name", ROUTERS)
-def test_router_module(name):
+@pytest.mark.parametrize("capacity_factor", [None, .5, 1.25])
+def test_router_module(name, capacity_factor):
     row = ROUTERS[name]
-    null = {"null": fit_null(logits_of(200, 8, seed=9), "conformal")} if row.needs_null else {}
     torch.manual_seed(0)
-    router = make_router(name, hidden_size=12, num_experts=8, **row.example, **null)
+    router = make_router(name, hidden_size=12, num_experts=8, capacity_factor=capacity_factor, **example_of(row))
     for T in (0, 1, 9):
-        routing, state = router(torch.randn(T, 12).bfloat16(), context_of(T), state="kept")
-        assert state == "kept" and routing.validate().logits.dtype == torch.float32
-    assert list(router.state_dict()) == ["weight"]
+        for training in (True, False):
+            context = replace(context_of(T), position=torch.zeros(T, dtype=torch.int64)) if T == 1 else context_of(T)
+            routing, state = router.train(training)(torch.randn(T, 12).bfloat16(), context, state="kept")
+            assert state == "kept" and routing.validate().logits.dtype == torch.float32
+    router.train()
+    assert list(router.state_dict())[0] == "weight" and (len(router.state_dict()) > 1) == (router.steer.__func__ is not Router.steer)
+    routing, _ = router(torch.randn(9, 12), context_of(9))
     if row.trainable:
         routing.weights.pow(2).sum().backward()
         assert router.weight.grad.abs().sum() > 0
+    else: assert not routing.weights.requires_grad
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_capacity_means_what_the_row_says(name):
+    row, T = ROUTERS[name], 200
+    torch.manual_seed(0)
+    skew, context = torch.randn(12) * 2, context_of(T)
+    for factor in (.5, 1.):
+        router = make_router(name, 12, 8, capacity_factor=factor, **example_of(row))
+        k = router.k
+        for training in (True, False):
+            routing, _ = router.train(training)(torch.randn(T, 12) + skew, context)
+            most = max(1, -(-int(factor * T * k * 1000) // 8000))
+            if row.capacity == "never": assert routing.load.tolist() == [T] * 8
+            elif training or row.capacity != "budget" or row.evaluate: assert int(routing.load.max()) <= most, (factor, training)
+            if row.capacity in ("limit", "both"): assert routing.extras["capacity"] == most
+    if row.group != "control": assert (make_router(name, 12, 8, **example_of(row))(torch.randn(T, 12) + skew, context)[0].load.max() > T // 8)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_contracts(name):
+    found = check_contracts(name)
+    assert set(found) == set(CONTRACTS)
+    assert {c for c, v in found.items() if v.startswith("exempt")} == set(ROUTERS[name].exempt)
+    assert not [v for v in found.values() if v.startswith("BROKEN")], found
+
+
+BATCH_WIDE = {"expert_choice": "causal batch", "sinkhorn": "causal batch", "sbase": "causal batch", "expert_choice_as_shipped": "causal batch", "random": "batch padding", "position_hash": "batch padding"}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_invariances(name):
+    trained, evaluated = invariances(name, training=True, draws=3), invariances(name, draws=3)
+    depends = set(BATCH_WIDE.get(name, "").split())
+    assert {w for w, stays in trained.items() if not stays} == depends
+    assert {w for w, stays in evaluated.items() if not stays} == (depends if ROUTERS[name].group in ("control", "as shipped") else set())
+
+
+def test_table():
+    table = zoo_table(draws=1)
+    assert list(table.index) == list(ROUTERS) and table.loc["sinkhorn", "causal"] == "yes (training: no)" and table.loc["random", "batch-invariant"] == "no"
+
+
+def test_losses_are_not_shared():
+    a, b = make_router("topk_z", 8, 4, k=2), make_router("topk_z", 8, 4, k=2, losses={"aux": .5})
+    a.losses["aux"] = 7.
+    assert ROUTERS["topk_z"].losses == {"aux": .01, "z": .001} and b.losses == {"aux": .5} and make_router("softk", 8, 4, k=2).losses == {}
+
+
+@pytest.mark.parametrize("name", IGNORES)
+def test_controls_learn_nothing_of_the_choice(name):
+    router = make_router(name, 12, 8, k=2)
+    weights = router(torch.randn(20, 12), context_of(20))[0].weights
+    assert not weights.requires_grad and len(weights.unique()) == 1
+    if name in ("random", "token_hash"): assert make_rule(name, k=2).weigh == "native"          # in a pretrained model: its own weights
+
+
+@pytest.mark.parametrize("name, params, message", [
+    ("topk_aux", {"k": 9}, "k of topk_aux with 8 experts = 9"), ("switch_top2", {"num_experts": 1}, "k of switch_top2 with 1 experts = 2"), ("topk_aux", {"k": 0}, "= 0 is outside"), ("topk_aux", {"k": "2"}, "whole number"),
+    ("quantile", {"k": 1}, "never train its gate"), ("softk", {"k": 1}, "never train its gate"), ("topk", {"k": 1, "weigh": "none"}, "unknown weight convention"), ("switch", {"capacity_factor": 0}, "capacity_factor"),
+    ("expert_choice", {"capacity_factor": -1.}, "capacity_factor"), ("dense", {"capacity_factor": float("nan")}, "capacity_factor"), ("switch", {"refuse": "scores"}, "did you mean 'score'"),
+    ("loss_free", {"uu": .1}, "unknown parameter of loss_free 'uu'"), ("topk_aux", {"horizon": 3}, "unknown parameter"), ("topk_bux", {}, "did you mean 'topk_aux'"), ("bh", {"alpha": .1, "max_k": 2}, "null"),
+    ("topk", {"hidden_size": 0}, "hidden_size"), ("topk", {"num_experts": 0}, "num_experts")])
+def test_bad_routers(name, params, message):
+    with pytest.raises(ValueError, match=message): make_router(name, **{"hidden_size": 12, "num_experts": 8, **params})
+
+
+def test_one_expert_each_may_be_asked_for_with_the_models_own_weights():
+    router = make_router("quantile", 12, 8, k=1, weigh="native")
+    router(torch.randn(5, 12))[0].weights.sum().backward()
+    assert router.weight.grad.abs().sum() > 0 and router.target_k == 1
+
+
+def test_needs():
+    for name, row in ROUTERS.items():
+        router = make_router(name, 12, 8, **example_of(row))
+        if not row.needs: router(torch.randn(5, 12))
+        for need in row.needs:
+            with pytest.raises(ValueError, match=need): router(torch.randn(5, 12))
+
+
+def test_expert_choice_does_not_generate():
+    router = make_router("expert_choice", 12, 8, k=2)
+    with pytest.raises(ValueError, match="whole batch"): router(torch.randn(1, 12))
+    assert router.eval()(torch.randn(1, 12))[0].experts.shape[0] == 1
+
+
+def test_own_row(monkeypatch):
+    import sys
+    from types import ModuleType
+    module = ModuleType("somebodys_routers")
+    module.MINE = Row("mine", TopK, "", "token", example={"k": 2}, defaults={"weigh": "renorm"}, losses={"entropy": .1})
+    monkeypatch.setitem(sys.modules, "somebodys_routers", module)
+    assert find_row("somebodys_routers:MINE") is module.MINE and find_row(module.MINE) is module.MINE
+    assert set(check_contracts("somebodys_routers:MINE").values()) == {"kept"} and all(invariances("somebodys_routers:MINE", draws=2).values())
+    assert make_router("somebodys_routers:MINE", 12, 8, k=2).losses == {"entropy": .1}
+    with pytest.raises(ValueError, match="not a Row"): find_row("torch:Tensor")
+    with pytest.raises(ValueError, match="group of routers"): replace(module.MINE, group="mine")
+    with pytest.raises(ValueError, match="unknown contract"): check_contracts(replace(module.MINE, exempt={"always right": ""}))
+
+
+def test_perturbation_finds_a_dependence_of_weights_alone():
+    "The experts stay, only the weights look at the batch."
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Peeks(TopK):
+        def decide(self, view):
+            routing = super().decide(view)
+            return replace(routing, weights=routing.weights * view.logits[-1].sigmoid().mean())
+    found = invariances(Row("peeks", Peeks, "", "token", example={"k": 2}), draws=2)
+    assert not found["batch"] and not found["padding"] and found["causal"]         # the last row belongs to another sequence
 
 
 def test_describe_is_json():
