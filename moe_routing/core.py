@@ -252,6 +252,8 @@ class Router(nn.Module):
               gather: Callable[[Tensor], Tensor] = lambda x: x,  # (N, ...) of this process -> (N of all processes, ...)
              ) -> None:
         "Change what balances the load, once after an optimizer step. Nothing to do for a router without such a state."
+    def forget(self) -> None:
+        "Drop what was gathered since the last `steer`: the step is done again."
     def extra_repr(self) -> str:
         "The rules and losses, for printing."
         later = "" if self.eval_rule is None else f", evaluated with {self.eval_rule.describe()}"

@@ -355,7 +355,9 @@ DATASETS = {
     "arc_challenge": DataSet("allenai/ai2_arc", "ARC-Challenge", "test", "choices", "arc_challenge"),
     "arc_easy": DataSet("allenai/ai2_arc", "ARC-Easy", "test", "choices"),
     "winogrande": DataSet("allenai/winogrande", "winogrande_xl", "validation", "choices"),
-    "piqa": DataSet("baber/piqa", None, "validation", "choices")}
+    "piqa": DataSet("baber/piqa", None, "validation", "choices"),
+    "tinystories": DataSet("roneneldan/TinyStories", None, "train", "text"),
+    "tiny_shakespeare": DataSet("karpathy/tiny_shakespeare", None, "train", "text")}
 SOURCES = ("embedded", "local", "hub", "auto")
 
 # %% ../nbs/40_corpora.ipynb #cf0d898a
@@ -367,7 +369,10 @@ def _local_file(name: str, data: DataSet, split: str, data_dir: Path) -> tuple[P
     return next((p for p in places if p.is_file()), None), places
 
 def _read_lines(path: Path):
-    "The rows of a JSON lines file, one at a time."
+    "The rows of a JSON lines file, one at a time; a .txt file is one row."
+    if path.suffix == ".txt":
+        yield {"text": path.read_text(encoding="utf-8")}
+        return
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip(): continue
@@ -391,7 +396,7 @@ def _read_hub(hub: str, config: str | None, split: str, settings):
 
 # %% ../nbs/40_corpora.ipynb #ca7d8fb3
 def _resolve(name: str, split: str | None) -> tuple[DataSet, str, Path | None]:
-    "What a name stands for: a known data set, a folder or file of JSON lines, or a hub id `owner/name` or `owner/name:configuration`."
+    "What a name stands for: a known data set, a .txt file, a folder or file of JSON lines, or a hub id `owner/name` or `owner/name:configuration`."
     if name in DATASETS: return DATASETS[name], split or DATASETS[name].split, None
     path = Path(name).expanduser()
     if path.is_file(): return DataSet(name, None, path.stem, "text"), path.stem, path
@@ -466,8 +471,8 @@ PROMPTS = {
               "Tom has 12 apples. He gives 5 to Ann and buys 3 more. 12 - 5 = 7, and 7 + 3 = 10, so he has 10 apples.",
               "Dear editor, in your article of last Monday the table on the second page does not add up: the shares come to 104 percent, not to 100.")}
 
-# %% ../nbs/40_corpora.ipynb #ceaa0800
-def load_text(name: str = "wikitext",        # wikitext, lambada, prompts, embedded; a folder or .jsonl file with a column `text`; a hub id owner/name[:configuration]
+# %% ../nbs/40_corpora.ipynb #c80e259a
+def load_text(name: str = "wikitext",        # wikitext, lambada, prompts, embedded; a .txt file; a folder or .jsonl file with a column `text`; a hub id owner/name[:configuration]
               source: str = "embedded",      # embedded, local, hub, or auto: the local copy when there is one, else the hub
               split: str | None = None,      # default: the split that is evaluated
               limit: int | None = 200,       # at most so many texts; None: all

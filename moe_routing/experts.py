@@ -205,9 +205,12 @@ def ragged_experts(module: nn.Module,     # an experts module decorated by trans
     "Dispatch, run and combine the used slots only; gradients reach hidden, weights and all parameters."
     up, up_bias, down, down_bias = _declared(module)
     slots, sizes = plan_slots(experts, up.shape[0])
+    if torch.is_autocast_enabled(hidden.device.type):      # products in autocast's precision, as in any other matrix product under it
+        low = torch.get_autocast_dtype(hidden.device.type)
+        up, up_bias, down, down_bias = (p if p is None else p.to(low) for p in (up, up_bias, down, down_bias))
     x = hidden.to(up.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        long = not torch.compiler.is_compiling() and len(slots) >= 128 * len(sizes)
+        long = not torch.compiler.is_compiling() and len(slots) >= 128 * len(sizes) and up.dtype == module.down_proj.dtype
         if long and not (torch.is_grad_enabled() or _grouped(hidden)):
             return _by_segment(module, x, weights, slots, sizes).to(hidden.dtype)
         mid = _middle(module, dispatch_op(x, up, up_bias, slots // experts.shape[1], sizes))

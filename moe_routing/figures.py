@@ -16,7 +16,12 @@ PALETTE = {"black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "
            "blue": "#0072B2", "vermilion": "#D55E00", "purple": "#CC79A7", "grey": "#8C8C8C"}   # Okabe and Ito 2008, and a grey
 ROUTER_STYLE = {"topk": ("black", "o"), "bh": ("blue", "s"), "by": ("sky", "D"), "hc": ("purple", "v"), "top_p": ("orange", "^"),
                 "threshold": ("green", "P"), "entropy_bands": ("yellow", "X"), "random": ("grey", "x"), "token_hash": ("grey", "+"),
-                "position_hash": ("grey", "1"), "uniform": ("grey", "2")}                       # router -> colour name, marker
+                "position_hash": ("grey", "1"), "uniform": ("grey", "2"), "dense": ("grey", "3"),
+                "switch": ("blue", "o"), "switch_top2": ("blue", "D"), "topk_aux": ("blue", "p"), "topk_z": ("sky", "s"),
+                "softk": ("black", "^"), "summed_topk": ("black", "v"), "expert_choice": ("vermilion", "*"), "expert_threshold": ("vermilion", "h"),
+                "sinkhorn": ("green", "<"), "sbase": ("green", ">"), "loss_free": ("orange", "X"), "quantile": ("orange", "d"),
+                "top1_as_shipped": ("purple", "o"), "topk_hard_as_shipped": ("purple", "p"),    # the marker of the trained form
+                "expert_choice_as_shipped": ("purple", "*")}                                    # router -> colour name, marker
 
 # %% ../nbs/02_figures.ipynb #c7c61d66
 def router_style(router: str,        # a name of the zoo

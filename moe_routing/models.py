@@ -180,7 +180,7 @@ def train_tiny(recipe: TinyRecipe, tokens: list[list[int]],     # the documents 
 
 # %% ../nbs/41_models.ipynb #cbb94365
 @contextmanager
-def _quiet():
+def quiet_bars():
     "No bars from transformers for files that take a moment."
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -192,14 +192,14 @@ def _finish(folder: Path, model, tokenizer, log: dict):
     "Save model, tokenizer and log to a folder that appears in one piece."
     scratch = folder.with_name(folder.name + ".new")
     if scratch.is_dir(): shutil.rmtree(scratch)
-    with _quiet(): model.save_pretrained(scratch)
+    with quiet_bars(): model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     (scratch / "training.json").write_text(json.dumps(log))
     scratch.rename(folder)
 
 def _open_tiny(folder: Path, experts: str):
     "Model and tokenizer from a finished folder."
-    with _quiet(): model = OlmoeForCausalLM.from_pretrained(folder, local_files_only=True, experts_implementation=experts)
+    with quiet_bars(): model = OlmoeForCausalLM.from_pretrained(folder, local_files_only=True, experts_implementation=experts)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 # %% ../nbs/41_models.ipynb #c1c68208

@@ -445,12 +445,19 @@ def bh_routing_report(plan: Plan,
     write_atomic(path, "\n".join(text))
     return path
 
-REPORTS = {"bh_routing_report": bh_routing_report}
+REPORTS = {"bh_routing_report": bh_routing_report,       # name -> function(plan), or module:function of a later chapter
+           "routers_report": "moe_routing.router_reports:routers_report", "balance_report": "moe_routing.router_reports:balance_report",
+           "capacity_report": "moe_routing.capacity_report:capacity_report"}
 
 def build_report(plan: Plan) -> Path:
     "Build the report that a study names."
     if not plan.study.report: raise ValueError(f"study {plan.study.name} names no report: add `report:` to its YAML, one of {', '.join(REPORTS)}")
-    return REPORTS[known(plan.study.report, REPORTS, "report")](plan)
+    report = REPORTS[known(plan.study.report, REPORTS, "report")]
+    if isinstance(report, str):
+        from importlib import import_module
+        module, _, name = report.partition(":")
+        report = getattr(import_module(module), name)
+    return report(plan)
 
 # %% ../nbs/72_reports.ipynb #c657aed5
 def run_benchmarks(names: list[str] | None = None,  # of templates bench_<name>; default: all

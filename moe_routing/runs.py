@@ -239,6 +239,12 @@ def _end_survivors(folder: Path) -> None:
     "End papermill and kernel of an earlier attempt at this run."
     for name in ("owner.json", "kernel.json"): _end(_read(folder / name), str(folder))
 
+# %% ../nbs/70_runs.ipynb #c40560d7
+def _readable(record: dict) -> str:
+    "JSON with a line for each key, and lists of plain values on one line: thousands of documents do not make thousands of lines."
+    text = json.dumps(record, indent=1)
+    return re.sub(r"\[\n[^\[\]{}]*\]", lambda m: json.dumps(json.loads(m[0])), text)
+
 # %% ../nbs/70_runs.ipynb #c9f5b343
 def run_template(template: str,                    # name in nbs/runs, or a path
                  parameters: dict | None = None,   # what differs from the template's defaults
@@ -273,7 +279,7 @@ def run_template(template: str,                    # name in nbs/runs, or a path
         result = _read(folder / "result.json") or {}
         if error is None and not result: error = f"the notebook ended without run.finish(): {path}"
         record |= {**result, "seconds": round(time.time() - start, 3), "status": "failed" if error else "finished", "error": error}
-        write_atomic(folder / "run.json", json.dumps(record, indent=1) + "\n")
+        write_atomic(folder / "run.json", _readable(record) + "\n")
         for name in ("result.json", "kernel.json", "owner.json"): (folder / name).unlink(missing_ok=True)
     if error: raise RuntimeError(f"{folder.name}: {error}")
     return record

@@ -100,7 +100,7 @@ class Study:
     name: str                                   # file name without .yaml
     question: str                               # in words
     template: str                               # a notebook in nbs/runs, without .ipynb
-    groups: dict[str, dict]                     # name -> {base:, grid: {parameter: [values]}} or {base:, list: [{parameter: value}]}
+    groups: dict[str, dict]                     # name -> {base:, grid: {parameter: [values]}} or {base:, list: [{parameter: value}]}, and seeds: where they differ
     base: dict = field(default_factory=dict)    # parameters that all runs share
     seeds: tuple[int, ...] = (0,)
     prepare: str = ""                           # a template that is run once before all others, with the parameters of `base` it knows
@@ -115,7 +115,7 @@ class Study:
             points = plan["list"] if "list" in plan else [dict(zip(grid, values)) for values in product(*grid.values())]
             shared = plan.get("each", [{}])
             rows += [{**self.base, **plan.get("base", {}), **point, **one, "group": group, "seed": seed}
-                     for point in points for one in shared for seed in self.seeds]
+                     for point in points for one in shared for seed in plan.get("seeds", self.seeds)]
         return rows
 
 # %% ../nbs/01_settings.ipynb #cd5a7e25
@@ -135,7 +135,7 @@ def load_study(path: str | Path,                # a YAML file
         for key in ("question", "template", "groups"):
             if key not in raw: raise ValueError(f"key {key!r} is missing")
         for group, plan in raw["groups"].items():
-            for key in plan: _known(key, ["base", "grid", "list", "each"], f"key in group {group!r}", str(path))
+            for key in plan: _known(key, ["base", "grid", "list", "each", "seeds"], f"key in group {group!r}", str(path))
             if ("grid" in plan) == ("list" in plan): raise ValueError(f"group {group!r} needs either grid or list")
             if not (plan.get("grid") or plan.get("list")): raise ValueError(f"group {group!r} is empty")
         study = Study(name=path.stem, **{k: tuple(v) if k == "seeds" else v for k, v in raw.items()})

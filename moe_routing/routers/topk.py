@@ -76,6 +76,12 @@ def _uniform(view, experts):
     used = experts < view.num_experts
     return used / used.sum(-1, keepdim=True).clamp_min(1)
 
+def _sum(view, experts):
+    positive = one_past_last(experts, view.logits.clamp(min=0))
+    return positive / (positive.sum(-1, keepdim=True) + 1e-9)
+
+def _one(view, experts): return (experts < view.num_experts).float()
+
 # %% ../../nbs/10_routers.topk.ipynb #c534ced3
 WEIGHTS: dict[str, Callable[[GateView, Tensor], Tensor]] = {  # name -> f(view, experts (T, K)) -> weights (T, K), 0 in unused slots
     "native": _native,     # the model's own weight for any set of experts
@@ -83,6 +89,8 @@ WEIGHTS: dict[str, Callable[[GateView, Tensor], Tensor]] = {  # name -> f(view, 
     "mass": _mass,         # native, scaled to the sum of the model's own top-k
     "softk": _softk,       # softmax over the chosen logits
     "uniform": _uniform,   # one over the number of chosen experts
+    "sum": _sum,           # positive part of the chosen logits over its sum; all 0 where none is positive
+    "one": _one,           # 1 for each chosen expert: outputs are summed, and the gate learns nothing
 }
 
 # %% ../../nbs/10_routers.topk.ipynb #ccc807e5
