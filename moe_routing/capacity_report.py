@@ -114,25 +114,30 @@ def _curves(axes, rows: pd.DataFrame, value, err, law):
         tokens = sorted(part.num_tokens.unique())
         ax.set(title=f"{kind}, {'/'.join(str(t) for t in tokens)} tokens", xlabel="capacity factor")
 
+def _legend(axes):
+    "One legend beside the last panel for the lines of all panels."
+    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    names = sorted(found, key=lambda name: [int(word.rstrip(",")) for word in name.split()[1::2]])
+    axes[-1].legend([found[n] for n in names], names, loc="upper left", bbox_to_anchor=(1, 1), fontsize=6.5)
+
 def _drop_figure(rows: pd.DataFrame):
     import matplotlib.pyplot as plt
     kinds = rows.routing.nunique()
-    fig, axes = plt.subplots(1, kinds, figsize=(1.2 + 2.7 * kinds, 3), squeeze=False)
+    fig, axes = plt.subplots(1, kinds, figsize=(1.4 + 2.5 * kinds, 2.8), squeeze=False)
     _curves(axes[0], rows, lambda p: 100 * p.avg_drop_rate, None, lambda p: 100 * p.expected_drop_rate)
-    for ax in axes[0]: ax.set_ylim(bottom=-.3)
+    for ax in axes[0]: ax.set_ylim(bottom=0 - .02 * ax.get_ylim()[1])
     axes[0, 0].set_ylabel("slots dropped, % (dotted: the law)")
-    axes[0, -1].legend(loc="upper right", fontsize=6)
-    if kinds > 1: axes[0, 0].legend(loc="upper right", fontsize=6)
+    _legend(axes[0])
     return fig
 
 def _speed_figure(rows: pd.DataFrame):
     import matplotlib.pyplot as plt
     kinds = rows.routing.nunique()
-    fig, axes = plt.subplots(1, kinds, figsize=(1.2 + 2.7 * kinds, 3), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, kinds, figsize=(1.4 + 2.5 * kinds, 2.8), sharey=True, squeeze=False)
     speed = lambda ms, p: 1e-3 * p.num_tokens / ms
     _curves(axes[0], rows, lambda p: speed(p.median_ms, p), lambda p: [speed(p.median_ms, p) - speed(p.high_ms, p), speed(p.low_ms, p) - speed(p.median_ms, p)], None)
     axes[0, 0].set(ylabel="million tokens a second", yscale="log")
-    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=6.5)
+    _legend(axes[0])
     return fig
 
 # %% ../nbs/74_capacity_report.ipynb #c9d51347

@@ -59,12 +59,14 @@ def mean_table(runs: pd.DataFrame,       # from `load_runs`
                metrics: list[str],       # columns to average; one that is missing gives dashes
                digits: int | dict = 3,   # or metric -> digits
                level: float = .95,
+               plain: Sequence[str] = (),# metrics to show as a bare mean
                mixed: bool = False,      # allow runs of different code
               ) -> pd.DataFrame:         # strings "mean [low, high]", and the number of seeds
     "Mean over seeds with t interval, a row for each value of `by` in order of appearance."
     by, rows = [by] if isinstance(by, str) else list(by), []
     for key, part in one_code(runs, mixed).groupby(by, sort=False, dropna=False):
-        cells = {m: cell(part[m] if m in part else [], digits.get(m, 3) if isinstance(digits, dict) else digits, level) for m in metrics}
+        value = lambda m: pd.to_numeric(part[m]).dropna() if m in part else pd.Series(dtype=float)
+        cells = {m: cell([value(m).mean()] if m in plain else value(m), digits.get(m, 3) if isinstance(digits, dict) else digits, level) for m in metrics}
         rows.append({**dict(zip(by, key)), "seeds": part.seed.nunique(), **cells})
     return pd.DataFrame(rows)
 
@@ -158,7 +160,12 @@ class Ranking:
                              "to the best": ["-" if np.isnan(r.to_best) else f"{f(r.to_best)} [{f(r.to_best_low)}, {f(r.to_best_high)}]" for r in t.itertuples()],
                              "against the best": t.vs_best, "not shown to differ": t.not_different, "shown equivalent": t.equivalent.replace("", "-")})
 
-# %% ../nbs/71_tables.ipynb #cd269ee7
+# %% ../nbs/71_tables.ipynb #ce7405ed
+def _inside(p: list[float]) -> list[float]:
+    "Adjusted p of two one-sided tests over the pairs whose estimate lies inside the margin, which is where p <= 1/2; 1 for the others."
+    adjusted = benjamini_hochberg([2 * x if x <= .5 else None for x in p])
+    return [1.0 if a is None else a for a in adjusted]
+
 def _warnings(table: pd.DataFrame, n: int) -> list[str]:
     "What a reader of this ranking must know."
     said = []
@@ -188,7 +195,7 @@ def rank_with_classes(table: pd.DataFrame,            # rows = seeds (N), column
     unit = {n: minimum_detectable_effect(1.0, n, alpha=alpha) for n in {t.n for t in tests}}
     margin = max(margin or 0.0, 2 * spread, unit[min(unit)] * spread, 1e-12)
     p = benjamini_hochberg([t.p for t in tests])
-    same = benjamini_hochberg([tost(x[a], x[b], margin, alpha).p for (a, b), x in both.items()])
+    same = _inside([tost(x[a], x[b], margin, alpha).p for (a, b), x in both.items()])
     words = [verdict(t.estimate, q, False, e, margin, unit[t.n] * s, alpha) for t, q, e, s in zip(tests, p, same, sd)]
     words = ["different" if w in ("better", "worse") else w for w in words]
     level = 1 - alpha * max(1, words.count("different")) / len(tests)

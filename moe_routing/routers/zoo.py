@@ -140,7 +140,7 @@ def _check_size(row: Row, num_experts: int, k: int | None, capacity_factor: floa
 def _rules(row: Row, rule: Rule, capacity_factor: float | None, refuse: str, renorm: bool) -> tuple[Rule, Rule | None]:
     "The rules of training and of evaluation, under a capacity."
     if capacity_factor is None or row.capacity == "never": return rule, row.evaluate(rule) if row.evaluate else None
-    cap = lambda r: Capped(r, capacity_factor, by=refuse, renorm=renorm)
+    cap = lambda r: Capped(r, capacity_factor, by=refuse, renorm=renorm and getattr(r, "weigh", "") != "one")   # a weight of 1 is no share of anything
     if row.capacity != "limit": rule = replace(rule, capacity_factor=capacity_factor)
     later = cap(row.evaluate(rule)) if row.evaluate else None
     return rule if row.capacity == "budget" else cap(rule), later
