@@ -244,7 +244,7 @@ def drop_law_error(demand,                       # (B, E) demand of each batch
                    k: float,                     # slots a token asks for
                    capacity_factors=(1.0, 1.05, 1.1, 1.25, 1.5, 2.0),
                    shares=None,                  # (E,) known beforehand; default: of the other batches
-                  ) -> list[dict]:               # a row a factor: actual and expected drop rate, error (of the mean), worst (of a batch), and expected and error from CV alone
+                  ) -> list[dict]:               # a row a factor: actual and expected drop rate and their error (means), batch_errors [B], worst (of them), and what CV alone gives
     "The drop law against measured demand, batch by batch; rates as shares, not percent. ValueError for fewer than 2 batches without shares."
     d = np.asarray(demand.detach().cpu() if isinstance(demand, Tensor) else demand, dtype=np.float64)
     if d.ndim != 2: raise ValueError(f"demand must be (B, E), a row a batch, got shape {d.shape}")
@@ -259,8 +259,8 @@ def drop_law_error(demand,                       # (B, E) demand of each batch
         law = np.array([expected_drop_rate(t, E, k, cf, s) for t, s in zip(T, others)])
         from_cv = np.array([expected_drop_rate(t, E, k, cf, cv=cv) for t in T])
         rows.append({"capacity_factor": float(cf), "actual": actual.mean(), "expected": law.mean(), "error": law.mean() - actual.mean(), "worst": np.abs(law - actual).max(),
-                     "expected_from_cv": from_cv.mean(), "error_from_cv": from_cv.mean() - actual.mean()})
-    return [{name: float(value) for name, value in row.items()} for row in rows]
+                     "expected_from_cv": from_cv.mean(), "error_from_cv": from_cv.mean() - actual.mean(), "batch_errors": law - actual})
+    return [{name: np.asarray(value).tolist() for name, value in row.items()} for row in rows]
 
 # %% ../nbs/09_capacity.ipynb #c3f090b2
 def recommend_capacity_factor(target_drop_rate: float,     # in (0, 1)
