@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUBLISHED_AS', 'PREFIX', 'SEED_SIZE', 'EVALUATED_EVERY', 'SEED_COLUMNS', 'ADDED_COLUMNS', 'GROUPS',
-           'BALANCERS', 'FIGURES', 'CLAIMED', 'made_up_study', 'summary_csv', 'group_of', 'settings_of', 'windows_of',
-           'holds_for_other_text', 'checkpoint_table', 'at_most', 'balance_table', 'shown_balance', 'capacity_effect',
-           'draw_frontier', 'draw_load_vs_ppl', 'draw_gate_entropy', 'draw_overlay', 'draw_expert_histogram',
-           'draw_expert_heatmap', 'draw_figures', 'ranking_verdict', 'scale_verdict', 'subword_verdict',
-           'capacity_verdict', 'throughput_verdicts', 'seed_verdicts', 'shown_verdicts', 'finished_runs',
-           'sibling_runs', 'routers_report', 'balance_report', 'draw_balance']
+           'BALANCERS', 'FIGURES', 'CLAIMED', 'made_up_study', 'summary_csv', 'router_groups', 'with_groups',
+           'settings_of', 'windows_of', 'holds_for_other_text', 'checkpoint_table', 'at_most', 'balance_table',
+           'shown_balance', 'capacity_effect', 'draw_frontier', 'draw_load_vs_ppl', 'draw_gate_entropy', 'draw_overlay',
+           'draw_expert_histogram', 'draw_expert_heatmap', 'draw_figures', 'ranking_verdict', 'scale_verdict',
+           'subword_verdict', 'capacity_verdict', 'throughput_verdicts', 'seed_verdicts', 'shown_verdicts',
+           'finished_runs', 'sibling_runs', 'equal_width', 'routers_report', 'balance_report', 'draw_balance']
 
 # %% ../nbs/73_router_reports.ipynb #c336588e
 import io
@@ -21,7 +21,7 @@ import pandas as pd
 
 from .figures import PALETTE, router_style, save_fig, use_style
 from .reports import pareto_front
-from .routers.zoo import ROUTERS
+from .routers.zoo import find_row, invariances
 from .runs import Plan, code_hash, load_runs, template_path, write_atomic
 from .settings import Study, find_root
 from .stats import benjamini_hochberg, mean_interval, paired_ratio
@@ -75,8 +75,8 @@ def made_up_study(folder: Path,                       # of the study; runs are w
                   drops: dict | None = None,          # name -> drop rate at capacity factor 1; default .1
                   excess: dict | None = None,         # name -> MaxVio above the floor; default .3
                   speed: dict | None = None,          # name -> tokens/s
-                  template: str = "evaluate_router",  # whose code hash makes the runs current
-                  logs: bool = True,
+                  template: str = "train_router",  # whose code hash makes the runs current
+                  logs: bool = True,                  # also write train_log.jsonl and loads.json
                   **parameters,                       # of all runs: match=, corpus=, num_experts=, ...
                  ) -> Plan:
     "Write run.json, train_log.jsonl and loads.json of a study whose truth is known. For trying reports out; no model is trained."
@@ -88,15 +88,15 @@ def made_up_study(folder: Path,                       # of the study; runs are w
             for seed in range(seeds):
                 run = f"{name}-{cf}-{parameters.get('match', 'compute')}-{seed}"
                 loss = true + luck[seed] + rng.normal(0, spread) + (.02 if cf == 1 else 0)
-                runs[run] = {"router": name, "capacity_factor": cf, "refuse": "position", "renorm": True, "k": 1 if name.startswith(("switch", "top1")) and name != "switch_top2" else 2, "num_experts": E, "hidden": 128, "layers": L,
-                             "intermediate": 256, "match": "compute", "corpus": "embedded", "tokenizer": "char", "steps": 300, "batch": 16, "length": 128, "lr": 1e-3, **parameters, "seed": seed, "group": "made_up"}
+                runs[run] = {"router": name, "capacity_factor": cf, "refuse": "position", "renorm": True, "k": 2, "num_experts": E, "hidden": 128, "layers": L, "intermediate": 128, "match": "compute", "corpus": "embedded", "tokenizer": "char", "steps": 300, "batch": 16, "length": 128, "lr": 1e-3, **parameters, "seed": seed, "group": "made_up"}
                 _made_up_run(folder / run, runs[run], loss, hard, rng, drops or {}, excess or {}, speed or {}, code, template, logs)
     return Plan(Study(folder.name, "what does the report say of a study whose answer is known?", template, {"made_up": {}}, report="routers_report"), folder, runs)
 
 # %% ../nbs/73_router_reports.ipynb #cb18927a
 def _made_up_run(folder, p, loss, hard, rng, drops, excess, speed, code, template, logs) -> None:
     "One made-up run."
-    E, L, k, cf, name, W = p["num_experts"], p["layers"], p["k"], p["capacity_factor"], p["router"], len(hard)
+    E, L, cf, name, W = p["num_experts"], p["layers"], p["capacity_factor"] or 9, p["router"], len(hard)
+    k = {"switch": 1, "top1_as_shipped": 1, "dense": E}.get(name, p["k"])
     floor, over = .03 * E ** .5, excess.get(name, .3)
     drop = max(0.0, drops.get(name, .1) - .2 * (cf - 1)) * rng.uniform(.95, 1.05) if drops.get(name, .1) else 0.0
     share = np.sort(rng.dirichlet(np.full(E, 5 / (over + .02)), L))[:, ::-1]
@@ -105,10 +105,10 @@ def _made_up_run(folder, p, loss, hard, rng, drops, excess, speed, code, templat
     nll = (loss - hard.mean() + hard + rng.normal(0, .02, W))
     nll, tps = (nll + loss - nll.mean()) * 128, speed.get(name, 9000.) * rng.uniform(.95, 1.05)
     metrics = {"val_loss": loss, "val_ppl": float(np.exp(loss)), "bpc": loss / np.log(2), "best_val_loss": loss, "best_val_ppl": float(np.exp(loss)), "best_step": p["steps"],
-               "val_loss_as_trained": loss - .01 if name in ("expert_choice", "sinkhorn") else None, "train_loss": loss - .05, "tokens_per_s": tps, "median_tokens_per_s": tps, "best_tokens_per_s": 1.1 * tps,
-               "eff_tflops": 1e-4, "flops_per_token": 2e6, "active_share": 1.0, "router_params": 1024, "drop_rate": drop, "orphan_rate": drop / 4, "demand_cv": .03 + over / 2, "served_cv": .02 + over / 3,
+               "val_loss_as_trained": loss - .01 if name in ("expert_choice", "sinkhorn", "sbase") else None, "train_loss": loss - .05, "tokens_per_s": tps, "median_tokens_per_s": tps, "best_tokens_per_s": 1.1 * tps,
+               "best_eff_tflops": 2.2e-6 * tps, "eff_tflops": 2e-6 * tps, "nominal_k": float(k), "pooled_cv": .03 + over / 2, "flops_per_token": 2e6, "active_share": 1.0, "router_params": 1024, "drop_rate": drop, "orphan_rate": drop / 4, "demand_cv": .03 + over / 2, "served_cv": .02 + over / 3,
                "max_violation": floor + over, "load_floor_cv": .03, "load_floor_maxvio": floor, "layer_max_violation": layer, "layer_cv": [.03 + over / 2] * L, "layer_floor_maxvio": [floor] * L,
-               "layer_floor_cv": [.03] * L, "layer_drop_rate": [drop] * L, "gate_entropy": float(rng.uniform(.3, .69)), "mean_topk_prob": .6, "mean_k": float(k), "leak_bits": .4 if name == "expert_choice_as_shipped" else None}
+               "layer_floor_cv": [.03] * L, "layer_drop_rate": [drop] * L, "gate_entropy": float(rng.uniform(.3, .69)), "mean_topk_prob": .6, "mean_k": float(k), "leak_bits": .4 if name in ("expert_choice", "sinkhorn", "sbase") else None}
     folder.mkdir(parents=True, exist_ok=True)
     record = {"study": folder.parent.name, "group": p["group"], "template": template, "run_id": folder.name[-6:], "parameters": {n: v for n, v in p.items() if n != "group"}, "code": code, "seed": p["seed"], "seconds": 1.0,
               "status": "finished", "error": None, "metrics": metrics, "documents": {"window": list(range(W)), "nll": nll.tolist(), "tokens": [128] * W}, "notes": {}}
@@ -123,39 +123,43 @@ def _made_up_run(folder, p, loss, hard, rng, drops, excess, speed, code, templat
 SEED_COLUMNS = ["run", "router", "top_k", "capacity_factor", "num_experts", "dim", "expand", "world_size", "best_step", "best_val_ppl", "best_val_loss", "best_tokens_per_s", "best_eff_tflops", "final_val_ppl",
                 "final_val_loss", "median_tokens_per_s", "median_eff_tflops", "median_bw_GiBps", "mean_drop_rate", "mean_load_cv", "mean_gate_entropy", "log_path"]
 ADDED_COLUMNS = ["seed", "match", "corpus", "tokenizer", "refuse", "renorm", "active_share", "flops_per_token", "router_params", "demand_cv", "served_cv", "max_violation", "load_floor_cv", "load_floor_maxvio", "orphan_rate",
-                 "val_loss_as_trained", "bpc", "train_loss", "mean_topk_prob", "mean_k", "leak_bits", "code", "stale"]
+                 "val_loss_as_trained", "bpc", "train_loss", "train_drop_rate", "pooled_cv", "mean_topk_prob", "mean_k", "leak_bits", "code", "stale"]
 
 def summary_csv(runs: pd.DataFrame,               # from `load_runs`
                 path: str | Path | None = None,   # where to write; None: only return the table
                 log_root: str = "papermill_runs", # what `log_path` is relative to
-                bytes_a_number: int = 4,          # of an activation; 4 for float32
                ) -> pd.DataFrame:
     "The seed's summary table: its columns exactly and in order, corrected content, then ours. A metric that a run lacks is empty."
     have = lambda name: runs[name] if name in runs else pd.Series(np.nan, index=runs.index)
     number = lambda name: pd.to_numeric(have(name), errors="coerce")
-    tflops = number("eff_tflops") / number("tokens_per_s")
+    k, size = number("nominal_k").fillna(number("k")), have("mixed_precision").map({"bf16": 2, "fp16": 2}).fillna(4)
+    width = (number("intermediate") * number("k") / k).where(have("match") == "compute", number("intermediate"))
     table = pd.DataFrame({
-        "run": runs.run, "router": runs.router, "top_k": have("k"), "capacity_factor": have("capacity_factor"), "num_experts": have("num_experts"), "dim": have("hidden"), "expand": number("intermediate") / number("hidden"),
+        "run": runs.run, "router": runs.router, "top_k": k, "capacity_factor": have("capacity_factor"), "num_experts": have("num_experts"), "dim": have("hidden"), "expand": width / number("hidden"),
         "world_size": number("world_size").fillna(1).astype(int), "best_step": have("best_step"), "best_val_ppl": have("best_val_ppl"), "best_val_loss": have("best_val_loss"), "best_tokens_per_s": have("best_tokens_per_s"),
-        "best_eff_tflops": tflops * number("best_tokens_per_s"), "final_val_ppl": have("val_ppl"), "final_val_loss": have("val_loss"), "median_tokens_per_s": have("median_tokens_per_s"),
-        "median_eff_tflops": tflops * number("median_tokens_per_s"), "median_bw_GiBps": (2 + 2 * number("k")) * number("hidden") * bytes_a_number * number("median_tokens_per_s") / 2**30,
+        "best_eff_tflops": have("best_eff_tflops"), "final_val_ppl": have("val_ppl"), "final_val_loss": have("val_loss"), "median_tokens_per_s": have("median_tokens_per_s"),
+        "median_eff_tflops": number("best_eff_tflops") * number("median_tokens_per_s") / number("best_tokens_per_s"), "median_bw_GiBps": (2 + 2 * k) * number("hidden") * size * number("median_tokens_per_s") / 2**30,
         "mean_drop_rate": have("drop_rate"), "mean_load_cv": have("demand_cv"), "mean_gate_entropy": have("gate_entropy"), "log_path": [f"{log_root}/{r}/train_log.jsonl" for r in runs.run],
         **{c: have(c) for c in ADDED_COLUMNS}})
     if path is not None: write_atomic(Path(path), table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return table
 
-# %% ../nbs/73_router_reports.ipynb #cd6db365
-GROUPS = ("trainable", "controls", "as shipped", "looks at other tokens when evaluated")
+# %% ../nbs/73_router_reports.ipynb #c41fa969
+GROUPS = ("trainable", "adaptive", "control", "as shipped", "not in the zoo", "looks at other tokens when evaluated")
 
-def group_of(router: str, runs: pd.DataFrame) -> str:
-    "One of GROUPS. A control that goes by a token's place in the batch stays a control."
-    row, mine = ROUTERS.get(router), runs[runs.router == router]
-    kind = getattr(row, "group", "")
-    if kind == "control" or (row and row.chooses == "nobody") or router == "dense": return "controls"
-    evaluated = "val_loss_as_trained" in mine and mine.val_loss_as_trained.notna().any()      # then val_loss is that of its causal form
-    leaks = "leak_bits" in mine and mine.leak_bits.notna().any()
-    if not evaluated and (leaks or (row and not (row.causal and row.batch_invariant))): return GROUPS[3]
-    return "as shipped" if kind == "as shipped" or router.endswith("_as_shipped") else "trainable"
+def router_groups(names) -> dict[str, str]:
+    "Router -> one of GROUPS."
+    found = {}
+    for name in names:
+        try: row = find_row(name)
+        except (ValueError, ImportError, AttributeError): found[name] = "not in the zoo"; continue
+        stays = invariances(name) if row.group != "control" else {}
+        found[name] = row.group if all(stays.get(w, True) for w in ("causal", "batch")) else GROUPS[-1]
+    return found
+
+def with_groups(runs: pd.DataFrame) -> pd.DataFrame:
+    "The runs with a column `kind`, one of GROUPS."
+    return runs if "kind" in runs else runs.assign(kind=runs.router.map(router_groups(dict.fromkeys(runs.router))))
 
 def settings_of(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     "(label, runs) of every setting, matched compute first."
@@ -240,7 +244,7 @@ def balance_table(runs: pd.DataFrame,            # of one setting
     "Excess over the noise floor, pooled and in the worst layer, cost in loss, and the two verdicts for every router."
     have = lambda c: pd.to_numeric(runs[c]) if c in runs else np.nan
     one_code(runs)
-    t = runs.assign(excess_maxvio=have("max_violation") - have("load_floor_maxvio"), excess_cv=have("demand_cv") - have("load_floor_cv"),
+    t = runs.assign(excess_maxvio=have("max_violation") - have("load_floor_maxvio"), excess_cv=have("pooled_cv" if "pooled_cv" in runs else "demand_cv") - have("load_floor_cv"),
                     worst_maxvio=[_worst(r, "max_violation") for r in runs.itertuples()], worst_cv=[_worst(r, "cv") for r in runs.itertuples()])
     per = {m: {n: g[m].to_numpy(float) for n, g in t.groupby("router", sort=False)} for m in ("excess_maxvio", "excess_cv", "worst_maxvio", "worst_cv")}
     loss, near = by_seed(runs, "val_loss"), at_most(per["worst_maxvio"], limit)
@@ -279,7 +283,12 @@ def capacity_effect(runs: pd.DataFrame,          # of one corpus and match, seve
     table = pd.DataFrame(rows)
     return table.assign(p_adjusted=benjamini_hochberg(table.p.tolist())) if len(table) else table
 
-# %% ../nbs/73_router_reports.ipynb #cb70ef8b
+# %% ../nbs/73_router_reports.ipynb #cbd7fef6
+def best_first(runs: pd.DataFrame) -> pd.DataFrame:
+    "The runs in the order of their routers' mean loss, which is the order of legends and rows."
+    order = runs.groupby("router").val_loss.mean().sort_values().index
+    return runs.assign(_place=runs.router.map({r: i for i, r in enumerate(order)})).sort_values(["_place", "seed"], kind="stable").drop(columns="_place")
+
 def _legend(fig, names) -> None:
     "Colour and marker of every router, beside the panels."
     from matplotlib.lines import Line2D
@@ -287,13 +296,17 @@ def _legend(fig, names) -> None:
     fig.legend(handles=handles, loc="outside right upper", fontsize=7, handletextpad=.2, labelspacing=.35)
 
 def _points(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    "Mean and t half-width over seeds of some columns, a row a router and capacity factor."
-    rows = []
+    "Mean and t half-width over seeds of some columns, a row a router and capacity factor; what all routers share in a seed is taken out of the width."
+    rows, runs = [], runs.copy()
+    for c in (c for c in columns if c in runs):
+        runs[c] = pd.to_numeric(runs[c])
+        whole = runs.groupby([runs.capacity_factor.fillna(np.inf), "router"])[c].transform("mean")
+        runs[f"{c}_own"] = runs[c] - (runs[c] - whole).groupby([runs.capacity_factor.fillna(np.inf), runs.seed]).transform("mean")
     for (name, cf), part in runs.assign(capacity_factor=runs.capacity_factor.fillna(np.inf)).groupby(["router", "capacity_factor"], sort=False):
         row = {"router": name, "capacity_factor": cf, "seeds": len(part)}
         for c in columns:
             x = pd.to_numeric(part[c]).dropna().to_numpy() if c in part else np.array([])
-            m = mean_interval(x) if len(x) > 1 else None
+            m = mean_interval(part[f"{c}_own"].dropna()) if len(x) > 1 else None
             row |= {c: float(x.mean()) if len(x) else np.nan, f"{c}_half": (m.high - m.low) / 2 if m else 0.0}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -304,7 +317,7 @@ def _by_factor(runs: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str, log
     table = _points(runs, [x, y]).dropna(subset=[x, y])
     if table.empty: return None
     factors = sorted(table.capacity_factor.unique())
-    fig, axes = plt.subplots(1, len(factors), figsize=(6.8, 3.3), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(factors), figsize=(6.8, 3.6), sharey=True, squeeze=False)
     for ax, f in zip(axes[0], factors):
         for r in table[table.capacity_factor == f].itertuples():
             ax.errorbar(getattr(r, x), getattr(r, y), xerr=getattr(r, f"{x}_half"), yerr=getattr(r, f"{y}_half"), lw=.6, alpha=.9, **router_style(r.router))
@@ -401,7 +414,7 @@ def draw_expert_histogram(runs: pd.DataFrame, folder: Path):
         ax.bar(at, served, color=router_style(name)["color"], width=.9)
         ax.step(np.append(at, len(at)) - .5, np.append(demand, demand[-1]), where="post", color=PALETTE["black"], lw=.8)
         ax.axhline(1, color=PALETTE["grey"], lw=.7, ls=":")
-        ax.set_title(name, fontsize=6.8), ax.tick_params(labelsize=6.5), ax.set_xticks([])
+        ax.set_title(name, fontsize=6.1), ax.tick_params(labelsize=6.5), ax.set_xticks([])
         rows += [{"router": name, "expert": int(e), "demand": demand[e], "served": served[e]} for e in at]
     for ax in axes.flat[len(loads):]: ax.set_axis_off()
     fig.supxlabel("experts, busiest first (bar: served, line: wanted)", fontsize=8), fig.supylabel("load, mean = 1", fontsize=8)
@@ -421,6 +434,7 @@ def draw_expert_heatmap(runs: pd.DataFrame, folder: Path):
     ax.set_yticks(range(len(loads)), list(loads), fontsize=7)
     ax.set_xticks([l * E + (E - 1) / 2 for l in range(L)], [f"layer {l}" for l in range(L)])
     ax.tick_params(length=0), ax.spines[:].set_visible(False)
+    ax.set_title("Experts of a layer, busiest first; best router on top")
     fig.colorbar(image, label="wanted load, mean = 1", extend="max" if grid.max() > top else "neither", shrink=.8)
     return fig, pd.DataFrame([{"router": r, "layer": l, "expert": e, "demand": both["demand"][l, e]} for r, both in loads.items() for l in range(L) for e in range(E)])
 
@@ -430,6 +444,7 @@ FIGURES = {"frontier": draw_frontier, "overlay": draw_overlay, "load_vs_ppl": dr
 def draw_figures(runs: pd.DataFrame,         # of one corpus and match
                  folder: Path,               # of the study
                  name: str,                  # of the study
+                 prefix: str | None = None,  # of the files; default: the seed's
                  publish: Path | None = None,# figures/ of the repository, or None
                 ) -> list[Path]:             # the PNG files in the study's folder
     "The seed's six figures as <prefix>_<what>.png in the study's folder, and by `save_fig` where they are published. One without data is left out."
@@ -437,11 +452,11 @@ def draw_figures(runs: pd.DataFrame,         # of one corpus and match
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     use_style()
-    made = []
+    made, runs = [], best_first(runs)
     for what, draw in FIGURES.items():
         drawn = draw(runs, folder)
         if drawn is None: continue
-        path = Path(folder) / f"{PREFIX.get(name, name)}_{what}.png"
+        path = Path(folder) / f"{prefix or PREFIX.get(name, name)}_{what}.png"
         drawn[0].savefig(path, dpi=160, metadata={"Software": None})
         if publish is not None: save_fig(drawn[0], f"{name}-{what}", drawn[1], publish)
         plt.close(drawn[0])
@@ -500,28 +515,33 @@ def ranking_verdict(runs: pd.DataFrame | None) -> dict:
     elif open_: word = "undecided"
     else: word = "corrected" if against(trained) else "reproduced"
     why = (f"as shipped {len(held)} of {len(CLAIMED)} pairs hold, {len(contra)} are contradicted, {len(open_)} open; in trained form {sum(v == 'lower' for v in trained.values())} hold, {len(against(trained))} are contradicted. "
-           "Two of the routers as shipped have a router without gradient, so that \"soft before hard\" compares a trained with an untrained one.")
+           "No gradient reaches the gates of top1 and topk-hard as shipped, so that \"soft before hard\" compares a trained with an untrained gate; expert-choice as shipped looks at later tokens, also here.")
     return _entry(claim, published, f"as shipped: {_pairs_in_words(shipped)}. Trained form: {_pairs_in_words(trained)}", word, used + more, why)
 
-# %% ../nbs/73_router_reports.ipynb #c5560fb5
-def _alike(claim: str, published: str, first, second, names: tuple[str, str], factors: tuple[float, float]) -> dict:
-    "Do two studies rank the published routers alike?"
+# %% ../nbs/73_router_reports.ipynb #cc5eb861
+def _alike(claim: str, published: str, first, second, names: tuple[str, str], factors: tuple[float, float], order: tuple = ()) -> dict:
+    "Do two studies rank the published routers alike, and (`order`, pairs of published names) as published? As shipped where both have three of them, else in trained form."
     for name, runs in zip(names, (first, second)):
         if runs is None or runs.empty: return _entry(claim, published, "-", "undecided", [], f"{name} not run")
-    rows = {f[0] for f in PUBLISHED_AS.values()}
-    tables, used = [], []
-    for runs, factor in ((first, factors[0]), (second, factors[1])):
-        here = _as_run(_setting(runs, rows, ("width", "compute"), factor))
-        if here.empty: return _entry(claim, published, "-", "undecided", [], "none of the routers as shipped was run in both")
-        tables.append(by_seed(here, "val_loss")), used.append(sorted(here.run))
-    try: k = kendall_agreement(*tables)
-    except ValueError as e: return _entry(claim, published, "-", "undecided", used[0] + used[1], str(e))
-    word = "refuted" if k.reverse else "reproduced" if k.open == 0 else "undecided"
-    measured = f"tau {k.tau:.2f} [{k.low:.2f}, {k.high:.2f}] over {len(k.routers)} routers: {len(k.agree)} pairs agree, {len(k.reverse)} are reversed, {k.open} not resolved"
-    wide = kendall_agreement(*(by_seed(_setting(r, set(first.router) & set(second.router), ("compute", "width"), f), "val_loss") for r, f in zip((first, second), factors))) if len(set(first.router) & set(second.router)) > len(k.routers) else None
-    more = f" All {len(wide.routers)} common routers: tau {wide.tau:.2f} [{wide.low:.2f}, {wide.high:.2f}]." if wide else ""
-    shown = "reversed: " + "; ".join(f"{a}, {b}" for a, b in k.reverse) + "." if k.reverse else ""
-    return _entry(claim, published, measured, word, used[0] + used[1], (shown + more).strip() or "every order is resolved in both and the same")
+    tried = {}
+    for form, words, matches in ((0, "as shipped", ("width", "compute")), (1, "in trained form", ("compute", "width"))):
+        rows = {f[form] for f in PUBLISHED_AS.values()} & set(first.router) & set(second.router)
+        here = [_setting(r, rows, matches, f) for r, f in zip((first, second), factors)]
+        if form == 0: here = [_as_run(h) for h in here]
+        try: tried[words] = kendall_agreement(*(by_seed(h, "val_loss") for h in here)), [r for h in here for r in sorted(h.run)]
+        except (ValueError, AttributeError) as e: tried[words] = str(e) if rows else "no router in common", []
+    said = {w: k if isinstance(k, str) else f"tau {k.tau:.2f} [{k.low:.2f}, {k.high:.2f}] over {len(k.routers)} routers ({', '.join(k.routers)}): {len(k.agree)} pairs agree, {len(k.reverse)} reversed"
+            + (f" ({'; '.join(f'{a}, {b}' for a, b in k.reverse)})" if k.reverse else "") + f", {k.open} not resolved" for w, (k, _) in tried.items()}
+    main = next((w for w, (k, _) in tried.items() if not isinstance(k, str)), None)
+    measured = ". ".join(f"{w[0].upper()}{w[1:]}: {t}" for w, t in said.items())
+    if main is None: return _entry(claim, published, measured, "undecided", [], "fewer than 3 of its routers were run in both")
+    k, used = tried[main]
+    form = 0 if main == "as shipped" else 1
+    turned = [f"{a}, {b}" for a, b in order if (PUBLISHED_AS[b][form], PUBLISHED_AS[a][form]) in k.agree]
+    word = "refuted" if k.reverse else "corrected" if turned else "reproduced" if k.open == 0 else "undecided"
+    why = {"refuted": "an order that is resolved in both is reversed", "reproduced": "every order is resolved in both and the same", "undecided": f"{k.open} orders are not resolved",
+           "corrected": f"no order is reversed between the two, but both have the opposite of the published one: {'; '.join(turned)}"}
+    return _entry(claim, published, measured, word, used, f"decided {main}: {why[word]}")
 
 # %% ../nbs/73_router_reports.ipynb #cca9072a
 def scale_verdict(small: pd.DataFrame | None, large: pd.DataFrame | None) -> dict:
@@ -533,7 +553,7 @@ def scale_verdict(small: pd.DataFrame | None, large: pd.DataFrame | None) -> dic
 def subword_verdict(char: pd.DataFrame | None, subword: pd.DataFrame | None) -> dict:
     "The ranking with a subword tokenizer is that of characters."
     published = "perplexity, one seed: " + ", ".join(f"{n} {v:.2f}" for n, v in _published("subword", 1.25).sort_values().items())
-    return _alike("subword ranking consistent with character level (expert_choice > softk > top1)", published, char, subword, ("routers", "subword"), (1.25, 1.25))
+    return _alike("subword ranking consistent with character level (expert_choice > softk > top1)", published, char, subword, ("routers", "subword"), (1.25, 1.25), (("expert-choice", "softk"), ("softk", "top1"), ("expert-choice", "top1")))
 
 # %% ../nbs/73_router_reports.ipynb #c17a1ebc
 def capacity_verdict(runs: pd.DataFrame | None,
@@ -543,8 +563,8 @@ def capacity_verdict(runs: pd.DataFrame | None,
     claim, old = "capacity factor 1.05-1.10 eliminates drops", PUBLISHED[(PUBLISHED.capacity_factor == 1.25) & (PUBLISHED.study == "unified") & (PUBLISHED.router != "hash")].drop_rate
     published = f"0 at 1.05-1.10 for random logits; the published trained runs drop {100 * old.min():.1f} to {100 * old.max():.1f} % at 1.25"
     if runs is None or runs.empty: return _entry(claim, published, "-", "undecided", [], "routers not run")
-    skip = {r for r in dict.fromkeys(runs.router) if group_of(r, runs) == "controls"}
-    here, holds, fails, used = runs[~runs.router.isin(skip) & runs.capacity_factor.notna() & runs.drop_rate.notna()], {}, {}, []
+    here, holds, fails, used = with_groups(runs), {}, {}, []
+    here = here[(here.kind != "control") & here.capacity_factor.notna() & here.drop_rate.notna()]
     for cf, part in here.groupby("capacity_factor"):
         rates = {r: g.drop_rate.to_numpy(float) for r, g in part.groupby("router", sort=False)}
         for r, word in at_most(rates, limit).items():
@@ -579,7 +599,8 @@ def seed_verdicts(studies: dict[str, pd.DataFrame | None],   # "routers", "large
                  ) -> pd.DataFrame:                          # claim, published, measured, verdict, runs, why
     "All published conclusions of seed 003, judged by the runs at hand."
     routers, larger = studies.get("routers"), studies.get("larger")
-    speed, name = (larger, "larger") if larger is not None and len(larger) else (routers, "larger")
+    timed = lambda r: r is not None and len(r) and PUBLISHED_AS["expert-choice"][0] in set(r.router)
+    speed, name = (routers, "routers") if timed(routers) and not timed(larger) else (larger, "larger")
     return pd.DataFrame([ranking_verdict(routers), scale_verdict(routers, larger), capacity_verdict(routers), *throughput_verdicts(speed, name), subword_verdict(routers, studies.get("subword"))])
 
 def shown_verdicts(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:
@@ -594,12 +615,26 @@ def finished_runs(plan: Plan) -> pd.DataFrame:
     missing = sorted(set(plan.runs) - set(runs.run if len(runs) else ()))
     if missing: raise ValueError(f"{plan.folder.name}: {len(missing)} of {len(plan.runs)} runs are not finished by today's code, first {missing[0]}: "
                                  f"`make status` shows them; run the study again, with FRESH=1 when they are stale")
-    return runs[runs.run.isin(plan.runs)].reset_index(drop=True)
+    return with_groups(runs[runs.run.isin(plan.runs)].reset_index(drop=True))
 
 def sibling_runs(plan: Plan, runs: pd.DataFrame) -> dict[str, pd.DataFrame | None]:
-    "The runs of the three studies of seed 003 that lie beside this one; None where there is none by today's code."
-    found = {name: load_runs(plan.folder.parent / name) for name in PREFIX}
-    return {name: runs if name == plan.study.name else r if len(r) else None for name, r in found.items()}
+    "\"this\", and role -> the finished runs of the studies beside it by today's code: the three of seed 003, the second corpus, and the study it names as `reference`. None where there are none."
+    end = "_gpu" if plan.study.name.endswith("_gpu") else ""
+    names = {role: role + end for role in (*PREFIX, "routers_tinystories")}
+    reference = plan.study.report_options.get("reference")
+    if reference and reference not in names: names[reference] = reference
+    def runs_of(name):
+        if name == plan.study.name: return runs
+        found = load_runs(plan.folder.parent / name)
+        return with_groups(found) if len(found) else None
+    return {role: runs_of(name) for role, name in names.items()} | {"this": runs}
+
+def equal_width(runs: pd.DataFrame) -> pd.DataFrame:
+    "The runs at equal width, with those of the matched runs whose router asks for the reference's k: for them both are the same model."
+    if not (runs.match == "width").any() or "nominal_k" not in runs: return runs
+    wide = runs[runs.match == "width"]
+    same = runs[(runs.match == "compute") & ((runs.nominal_k - runs.k).abs() < .02 * runs.k) & ~runs.router.isin(wide.router) & runs.capacity_factor.isin(wide.capacity_factor) & runs.corpus.isin(wide.corpus)]
+    return pd.concat([runs, same.assign(match="width")], ignore_index=True)
 
 # %% ../nbs/73_router_reports.ipynb #c3c38b8c
 METRIC_COLUMNS = ["val_loss", "val_ppl", "bpc", "active_share", "drop_rate", "orphan_rate", "demand_cv", "served_cv", "gate_entropy", "mean_k"]
@@ -608,8 +643,8 @@ DIGITS = {"val_loss": 4, "val_ppl": 3, "bpc": 4, "drop_rate": 4, "orphan_rate": 
 def _what_was_run(plan: Plan, runs: pd.DataFrame) -> list[str]:
     "Sizes, settings, and how much smaller than the seed's they are."
     one, seed = runs.iloc[0], SEED_SIZE.get(plan.study.name)
-    listed = lambda c: ", ".join(f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in sorted(runs[c].dropna().unique())) + (" and no limit" if c == "capacity_factor" and runs[c].isna().any() else "")
-    text = [f"{runs.router.nunique()} routers, capacity factor {listed('capacity_factor')}, {runs.seed.nunique()} seeds, {len(runs)} runs; corpus {listed('corpus')}, {listed('tokenizer')} tokens; "
+    listed = lambda c: ", ".join([*(f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in sorted(runs[c].dropna().unique())), *(["no limit"] if c == "capacity_factor" and runs[c].isna().any() else [])])
+    text = [f"{runs.router.nunique()} routers, capacity factor {listed('capacity_factor')}, {runs.seed.nunique()} seed{'s' * (runs.seed.nunique() != 1)}, {len(runs)} runs; corpus {listed('corpus')}, {listed('tokenizer')} tokens; "
             f"{listed('num_experts')} experts, hidden size {listed('hidden')}, {listed('layers')} layers, {listed('steps')} steps of {one.batch * one.length} tokens. Code {', '.join(sorted(runs.code.unique()))}."]
     if seed:
         share = 100 * one.steps * one.batch * one.length / (seed["steps"] * seed["tokens"])
@@ -624,28 +659,37 @@ def _what_was_run(plan: Plan, runs: pd.DataFrame) -> list[str]:
     if few.min() < 5: text.append(f"{', '.join(few[few < 5].index[:8])}{' and others' if (few < 5).sum() > 8 else ''} have fewer than 5 seeds.")
     return text
 
-def _one_setting(label: str, part: pd.DataFrame, margin: float | None) -> tuple[list[str], Ranking | None]:
-    "The tables and the ranking of one setting."
-    text, groups = [f"## {label[0].upper()}{label[1:]}", ""], {g: [r for r in dict.fromkeys(part.router) if group_of(r, part) == g] for g in GROUPS}
-    for group, names in groups.items():
-        if not names: continue
-        columns = [m for m in (*METRIC_COLUMNS, "val_loss_as_trained", "leak_bits") if m in part and pd.to_numeric(part[part.router.isin(names)][m], errors="coerce").notna().any()]
-        text += [f"**{group[0].upper()}{group[1:]}**", "", markdown_table(mean_table(part[part.router.isin(names)], "router", columns, DIGITS, plain=[c for c in columns if not c.startswith("val_loss")])), ""]
-    if groups[GROUPS[3]]: text += ["The last group decides about a token with the help of other tokens, also when it is evaluated: its loss is not that of a model that can generate, and it is not ranked with the others.", ""]
-    can, seeds = part[~part.router.isin(groups[GROUPS[3]])], part.groupby("router").seed.nunique()
-    enough = [r for r in seeds.index if seeds[r] >= 3 and r in set(can.router)]
-    if len(enough) < 2:
-        text += [f"**No ranking**: it needs at least 3 seeds of at least 2 routers; there are {int(seeds.max())}."]
-        base = "softk" if "softk" in set(can.router) else can.router.iloc[0] if len(can) else None
-        if base and can.router.nunique() > 1 and "documents" in can:
-            text += [f" What one seed gives is a comparison of these **checkpoints** on the held-out windows (perplexity ratio to {base}); chapter 71 counts how often it is wrong to read it as one of routers.", "", markdown_table(checkpoint_table(can, base, int(can.seed.min())), 4)]
-        return [*text, ""], None
-    ranking = rank_with_classes(by_seed(can[can.router.isin(enough)], "val_loss"), margin)
-    text += ["**Ranking by held-out loss**", "", markdown_table(ranking.shown()), "", ranking.note()]
-    try: held, different = holds_for_other_text(can, ranking)
-    except (KeyError, AttributeError): pass            # runs without windows
-    else: text.append(f"These statements take the held-out text as given; {held} of the {different} differences also hold, at the same level, when the windows are taken as drawn by chance.")
+def _ranking_text(title: str, part: pd.DataFrame, margin: float | None) -> tuple[list[str], Ranking]:
+    "A ranking with its note, and how much of it holds for other text."
+    ranking = rank_with_classes(by_seed(part, "val_loss"), margin)
+    text = [f"**{title}**", "", markdown_table(ranking.shown()), "", ranking.note()]
+    if "documents" in part and part.documents.map(bool).all():
+        held, different = holds_for_other_text(part, ranking)
+        text.append(f"These statements take the held-out text as given; {held} of the {different} differences also hold, at the same level, when its windows are taken as drawn by chance.")
     return [*text, ""], ranking
+
+def _one_setting(label: str, part: pd.DataFrame, margin: float | None) -> tuple[list[str], Ranking | None]:
+    "The tables and the rankings of one setting: rows with 5 seeds, then all with at least 3."
+    text = [f"## {label[0].upper()}{label[1:]}", ""]
+    for kind in (k for k in GROUPS if (part.kind == k).any()):
+        mine = part[part.kind == kind]
+        columns = [m for m in (*METRIC_COLUMNS, "val_loss_as_trained", "leak_bits") if m in mine and pd.to_numeric(mine[m], errors="coerce").notna().any()]
+        text += [f"**{kind[0].upper()}{kind[1:]}**", "", markdown_table(mean_table(mine, "router", columns, DIGITS, plain=[c for c in columns if not c.startswith("val_loss")])), ""]
+    if (part.kind == GROUPS[-1]).any(): text += ["The last group decides about a token with the help of other tokens, also when it is evaluated: its loss is not that of a model that can generate, and it is not ranked with the others.", ""]
+    can = part[part.kind != GROUPS[-1]]
+    seeds = can.groupby("router").seed.nunique()
+    many, some = list(seeds.index[seeds >= 5]), list(seeds.index[seeds >= 3])
+    if len(some) < 2:
+        text += [f"**No ranking**: it needs at least 3 seeds of at least 2 routers; there are {int(seeds.max()) if len(seeds) else 0}.", ""]
+        base = "softk" if "softk" in seeds.index else can.router.iloc[0] if len(can) else None
+        if base and len(seeds) > 1 and "documents" in can and can.documents.map(bool).all():
+            text += [f"What one seed gives is a comparison of **checkpoints** on the held-out windows (perplexity ratio to {base}); chapter 71 counts how often it is wrong to read it as one of routers.", "", markdown_table(checkpoint_table(can, base, int(can.seed.min())), 4), ""]
+        return text, None
+    first = many if len(many) >= 2 else some
+    found, ranking = _ranking_text("Ranking by held-out loss", can[can.router.isin(first)], margin)
+    text += found
+    if len(some) > len(first): text += _ranking_text("All routers with at least 3 seeds", can[can.router.isin(some)], margin)[0]
+    return text, ranking
 
 # %% ../nbs/73_router_reports.ipynb #cfc1fa83
 def _balance_and_capacity(runs: pd.DataFrame) -> list[str]:
@@ -668,8 +712,8 @@ def _balance_and_capacity(runs: pd.DataFrame) -> list[str]:
 
 def _two_corpora(runs: pd.DataFrame, studies: dict) -> list[str]:
     "Kendall's tau between corpora of this study and between studies."
-    text, held = [], lambda t: t[[r for r in t if r not in left]]
-    left = {r for r in dict.fromkeys(runs.router) if group_of(r, runs) == GROUPS[3]}
+    text, left = [], set(runs.router[runs.kind == GROUPS[-1]])
+    held = lambda t: t[[r for r in t if r not in left]]
     def line(name, one, two):
         try: k = kendall_agreement(held(by_seed(one, "val_loss")), held(by_seed(two, "val_loss")))
         except ValueError as e: return f"- {name}: {e}."
@@ -683,7 +727,7 @@ def _two_corpora(runs: pd.DataFrame, studies: dict) -> list[str]:
     for name, other in studies.items():
         if other is None or other is runs or not len(other): continue
         common = set(runs.router) & set(other.router)
-        if len(common) >= 3: text.append(line(f"this study and {name}", *(_setting(r, common, ("compute", "width"), f) for r, f in ((runs, 1.25), (other, 1.5 if name == "larger" else 1.25)))))
+        if len(common) >= 3: text.append(line(f"this study and {name}", *(_setting(r, common, ("compute", "width"), 1.25) for r in (runs, other))))
     return ["## Do corpora and sizes rank alike?", "", "Kendall's tau of the routers' mean losses; the interval is for the true means and counts every pair whose order the seeds do not resolve as possibly either.", "", *text, ""] if text else []
 
 # %% ../nbs/73_router_reports.ipynb #ca7f6e52
@@ -691,14 +735,14 @@ def routers_report(plan: Plan) -> Path:            # of the Markdown file
     "Summary CSV, figures, verdicts and report of a study of trained routers, from its finished runs. ValueError when runs are missing or stale."
     runs, options, name = finished_runs(plan), plan.study.report_options, plan.study.name
     publish = find_root() / "figures" if options.get("publish") and not plan.overrides else None
-    prefix, main = PREFIX.get(name, name), runs[(runs.match == "compute") & (runs.corpus == runs.corpus.iloc[0])]
+    prefix, main = options.get("prefix", PREFIX.get(name, name)), runs[(runs.match == "compute") & (runs.corpus == runs.corpus.iloc[0])]
     main = main if len(main) else runs
     summary_csv(runs, plan.folder / f"{prefix}_summary.csv", f"papermill_runs/{plan.folder.name}")
-    made, studies = draw_figures(main, plan.folder, name, publish), sibling_runs(plan, runs)
+    made, studies = draw_figures(main, plan.folder, name, prefix, publish), sibling_runs(plan, runs)
     judged = seed_verdicts(studies)
     write_atomic(plan.folder / "verdicts.csv", judged.assign(runs=judged.runs.map(" ".join)).to_csv(index=False, lineterminator="\n"))
     sections, answers = [], []
-    for label, part in settings_of(runs):
+    for label, part in settings_of(equal_width(runs)):
         text, ranking = _one_setting(label, part, options.get("margin"))
         sections += text
         if ranking is not None: answers.append(f"**{label[0].upper()}{label[1:]}**: {_answer(ranking)}")
@@ -722,7 +766,7 @@ def _answer(ranking: Ranking) -> str:
 def balance_report(plan: Plan) -> Path:            # of the Markdown file
     "How close each balancing method comes to the noise floor, and at what loss. ValueError when runs are missing or stale."
     runs, options, name = finished_runs(plan), plan.study.report_options, plan.study.name
-    limit, cost, against = options.get("limit", .05), options.get("cost", .5), options.get("against", "softk")
+    limit, cost, against = options.get("limit", .05), options.get("cost", .5), options.get("reference", "softk")
     publish = find_root() / "figures" if options.get("publish") and not plan.overrides else None
     summary_csv(runs, plan.folder / f"{name}_summary.csv", f"papermill_runs/{plan.folder.name}")
     sections, answers = [], []
