@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_routing.core import Routing
 from moe_routing.routers.zoo import ROUTERS
+from moe_routing.runs import run_template
 from moe_routing.training import (Meter, Recipe, active_share, build_model, evaluate, get_tokenizer, load_trained, main, nominal_k, prepare, train, training_text,
                                   unmount)
 
@@ -198,3 +198,38 @@ def test_command_line(tmp_path, capsys):
     assert main(["rooter=softk"]) == 1 and "did you mean 'router'" in capsys.readouterr().err
     assert main(["router=soft"]) == 1 and "softk" in capsys.readouterr().err
     assert main(["router=softk", "capacity_factor=0"]) == 1 and "capacity_factor = 0" in capsys.readouterr().err
+
+
+OWN = """
+import torch
+from torch import nn
+from moe_routing.core import Router
+from moe_routing.routers.topk import TopK
+from moe_routing.routers.zoo import Row
+
+class Scaled(Router):
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.scale = nn.Parameter(torch.ones(()))
+    def score(self, hidden, context, state): return self.scale * nn.functional.linear(hidden, self.weight.float()), state
+
+SCALED = Row("scaled", TopK, "logits times a learned scale", "token", defaults={"weigh": "renorm"}, example={"k": 2}, router=Scaled, losses={"aux": .01})
+"""
+
+
+def test_ones_own_router_in_a_template(tmp_path, monkeypatch):
+    "A row in a file of one's own runs through papermill, leaves its record, and its extra parameter is trained and saved."
+    (tmp_path / "own_router.py").write_text(OWN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    record = run_template("train_router", {"router": "own_router:SCALED", "keep_model": True, "windows": 16, "steps": 4, "eval_every": 2, "capacity_factor": 1.0}, tmp_path / "run")
+    assert record["status"] == "finished" and record["metrics"]["val_loss"] < 6 and record["metrics"]["active_share"] == pytest.approx(1)
+    assert record["metrics"]["drop_law_error_points"] is not None and (tmp_path / "run" / "loads.json").is_file()
+    state = load_file(tmp_path / "run" / "best" / "routers.safetensors")
+    assert state["0.scale"] != 1
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_trained(tmp_path / "run" / "best")[2][0].scale == state["0.scale"]
+
+
+def test_unknown_router_in_a_template(tmp_path):
+    with pytest.raises(RuntimeError, match="did you mean"): run_template("train_router", {"router": "softkk"}, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
