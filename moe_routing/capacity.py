@@ -185,24 +185,29 @@ def expected_drop_rate(tokens: int,                # T, valid tokens of one forw
     in_range(tokens, 1, float("inf"), "tokens")
     if capacity_factor is None: return 0.0
     C = expert_capacity(tokens, num_experts, k, capacity_factor)
-    if cv is not None: s = shares_from_cv(num_experts, cv, max_violation)
+    if cv is not None: s = shares_from_cv(num_experts, cv, max_violation, k if distinct else 1)
     elif max_violation is not None: raise ValueError("max_violation alone does not give the shares: give cv too")
     else: s = np.full(num_experts, 1 / num_experts) if shares is None else _shares(shares, num_experts)
     trials = tokens if distinct else round(tokens * k)
     return float(_excess(trials, tokens * k * s / trials, C).sum() / (tokens * k))
 
-# %% ../nbs/09_capacity.ipynb #c1cdae22
-def _spread(num_experts: int, cv: float) -> np.ndarray:
-    "(E,) log-normal quantiles that sum to 1, with the given population CV, by bisection of the width."
+# %% ../nbs/09_capacity.ipynb #c1533a26
+def _full(x: np.ndarray, most: float) -> np.ndarray:
+    "Shares in proportion to x (E,), rising and positive, except that none is over `most`: the largest are cut there, the others share the rest."
+    cut = np.arange(len(x))                           # how many of the largest are cut
+    scale = np.maximum(1 - cut * most, 0.0) / x.cumsum()[::-1]
+    m = int(np.argmax(scale * x[::-1] <= most * (1 + 1e-12)))
+    return np.append(scale[m] * x[:len(x) - m], np.full(m, most))
+
+def _spread(num_experts: int, cv: float, most: float) -> np.ndarray:
+    "(E,) log-normal quantiles that sum to 1, none over `most`, with the given population CV, by bisection of the width."
     from scipy.special import ndtri
     z = ndtri((np.arange(num_experts) + .5) / num_experts)
-    def shares(width):
-        s = np.exp(width * (z - z[-1]))
-        return s / s.sum()
-    low, high = 0.0, 1e3                              # at this width one expert has everything
-    for _ in range(80):
+    z = z - z[-1]
+    low, high = 0.0, 700 / max(-z[0], 1e-9)           # beyond, the smallest share is no longer a float
+    for _ in range(60):
         middle = (low + high) / 2
-        s = shares(middle)
+        s = _full(np.exp(middle * z), most)
         low, high = (middle, high) if s.std() < cv * s.mean() else (low, middle)
     return s
 
@@ -210,17 +215,19 @@ def _spread(num_experts: int, cv: float) -> np.ndarray:
 def shares_from_cv(num_experts: int,             # E
                    cv: float,                    # population CV of the shares, at most sqrt(E - 1)
                    max_violation: float | None = None,  # largest share over the mean, minus 1, where it is known
+                   k: float = 1,                 # slots of a token: with distinct experts no share is over 1/k, unless the CV cannot be had otherwise
                   ) -> np.ndarray:               # (E,) float64, sums to 1, smallest first
     "Log-normal shares with a given CV, and with a given largest share if there is one. ValueError where no shares have both."
     E = num_experts
     in_range(cv, 0, sqrt(E - 1), f"cv of {E} shares")
-    if cv == 0 or max_violation is None: return _spread(E, cv) if cv else np.full(E, 1 / E)
-    low, high = cv / sqrt(max(E - 1, 1)), cv * sqrt(E - 1)       # all others alike below the mean; all but one alike above it
+    if cv == 0 or E == 1: return np.full(E, 1 / E)
+    if max_violation is None: return _spread(E, cv, 1 / max(min(k, int(E / (cv**2 + 1) + 1e-9)), 1))    # n experts that share everything have CV sqrt(E / n - 1)
+    low, high = max(cv / sqrt(E - 1), cv**2), cv * sqrt(E - 1)    # the largest stands alone above the others at `high`; below `low` it would not be the largest
     in_range(max_violation, low * (1 - 1e-9), high * (1 + 1e-9), f"max_violation of {E} shares with cv = {cv:g}")
-    top = (1 + max_violation) / E
-    left = 1 - top
-    others = sqrt(max((E - 1) * ((cv**2 + 1) / E - top**2) / left**2 - 1, 0.0)) if left > 0 else 0.0
-    return np.append(left * (_spread(E - 1, min(others, sqrt(E - 2))) if others > 1e-6 else np.full(E - 1, 1 / (E - 1))), top)
+    top = min((1 + max_violation) / E, 1.0)
+    left, even = 1 - top, np.full(E - 1, 1 / (E - 1))
+    others = sqrt(max((E - 1) * ((cv**2 + 1) / E - top**2) / left**2 - 1, 0.0)) if left > 1e-12 else 0.0
+    return np.append(left * (_spread(E - 1, others, min(top / left, 1.0)) if others > 1e-6 else even), top)
 
 def share_cv(load_cv: float,                     # population CV of the demand of one forward
              tokens: int,                        # T it was measured on
@@ -237,7 +244,7 @@ def drop_law_error(demand,                       # (B, E) demand of each batch
                    k: float,                     # slots a token asks for
                    capacity_factors=(1.0, 1.05, 1.1, 1.25, 1.5, 2.0),
                    shares=None,                  # (E,) known beforehand; default: of the other batches
-                  ) -> list[dict]:               # a row a factor: actual and expected drop rate, error (of the mean), worst (of a batch), and expected and error from CV alone
+                  ) -> list[dict]:               # a row a factor: actual and expected drop rate and their error (means), batch_errors [B], worst (of them), and what CV alone gives
     "The drop law against measured demand, batch by batch; rates as shares, not percent. ValueError for fewer than 2 batches without shares."
     d = np.asarray(demand.detach().cpu() if isinstance(demand, Tensor) else demand, dtype=np.float64)
     if d.ndim != 2: raise ValueError(f"demand must be (B, E), a row a batch, got shape {d.shape}")
@@ -252,8 +259,8 @@ def drop_law_error(demand,                       # (B, E) demand of each batch
         law = np.array([expected_drop_rate(t, E, k, cf, s) for t, s in zip(T, others)])
         from_cv = np.array([expected_drop_rate(t, E, k, cf, cv=cv) for t in T])
         rows.append({"capacity_factor": float(cf), "actual": actual.mean(), "expected": law.mean(), "error": law.mean() - actual.mean(), "worst": np.abs(law - actual).max(),
-                     "expected_from_cv": from_cv.mean(), "error_from_cv": from_cv.mean() - actual.mean()})
-    return [{name: float(value) for name, value in row.items()} for row in rows]
+                     "expected_from_cv": from_cv.mean(), "error_from_cv": from_cv.mean() - actual.mean(), "batch_errors": law - actual})
+    return [{name: np.asarray(value).tolist() for name, value in row.items()} for row in rows]
 
 # %% ../nbs/09_capacity.ipynb #c3f090b2
 def recommend_capacity_factor(target_drop_rate: float,     # in (0, 1)
@@ -266,7 +273,7 @@ def recommend_capacity_factor(target_drop_rate: float,     # in (0, 1)
                              ) -> float:                   # a multiple of .001
     "The smallest capacity factor whose expected drop rate is at most the target. ValueError for a target outside (0, 1)."
     in_range(target_drop_rate, 0, 1, "target_drop_rate", open_low=True, open_high=True)
-    if cv is not None and shares is None: shares = shares_from_cv(num_experts, cv, more.pop("max_violation", None))
+    if cv is not None and shares is None: shares = shares_from_cv(num_experts, cv, more.pop("max_violation", None), k if more.get("distinct", True) else 1)
     low, high = 0, 1000 * num_experts                      # at E, one expert alone could serve every slot
     while high - low > 1:
         middle = (low + high) // 2

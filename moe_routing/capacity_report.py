@@ -21,7 +21,7 @@ from .settings import find_root
 
 # %% ../nbs/74_capacity_report.ipynb #c606853e
 SEED_KEYS = ["name", "avg_ms", "tokens_per_s", "bw_GiBps_strict", "num_tokens", "hidden_dim", "num_experts", "top_k", "dtype", "device", "capacity_factor", "avg_drop_rate", "bytes_per_token_strict"]
-MORE_KEYS = ["median_ms", "low_ms", "high_ms", "p10_ms", "p90_ms", "iters", "orphan_rate", "expected_drop_rate", "expected_from_cv", "worst_batch_error", "demand_cv",
+MORE_KEYS = ["median_ms", "low_ms", "high_ms", "p10_ms", "p90_ms", "iters", "orphan_rate", "expected_drop_rate", "expected_from_cv", "worst_batch_error", "batches_within_2", "demand_cv",
              "reference_tokens", "reference_drop_rate", "reference_expected"]
 KINDS = ("iid", "skewed", "trained")   # kinds of routing
 
@@ -50,7 +50,7 @@ def law_table(rows: pd.DataFrame,                  # from `capacity_rows`
             own = measured == "avg_drop_rate"
             from_cv = 100 * (here.expected_from_cv - here.avg_drop_rate).abs() if own else None
             found.append({"routing": kind, "tokens": int(here[tokens].iloc[0]), "measurements": len(here), "mean error": off.mean(), "largest error": off.max(),
-                          "largest in a batch": 100 * here.worst_batch_error.max() if own else None, "mean from CV": from_cv.mean() if own else None, "largest from CV": from_cv.max() if own else None})
+                          "largest in a batch": 100 * here.worst_batch_error.max() if own else None, "batches within 2, %": 100 * here.batches_within_2.mean() if own else None, "mean from CV": from_cv.mean() if own else None, "largest from CV": from_cv.max() if own else None})
     return pd.DataFrame(found)
 
 # %% ../nbs/74_capacity_report.ipynb #c9abcfdf
@@ -114,25 +114,34 @@ def _curves(axes, rows: pd.DataFrame, value, err, law):
         tokens = sorted(part.num_tokens.unique())
         ax.set(title=f"{kind}, {'/'.join(str(t) for t in tokens)} tokens", xlabel="capacity factor")
 
+def _legend(axes):
+    "One legend beside the last panel for the lines of all panels."
+    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    names = sorted(found, key=lambda name: [int(word.rstrip(",")) for word in name.split()[1::2]])
+    axes[-1].legend([found[n] for n in names], names, loc="upper left", bbox_to_anchor=(1, 1), fontsize=6.5)
+
 def _drop_figure(rows: pd.DataFrame):
     import matplotlib.pyplot as plt
     kinds = rows.routing.nunique()
-    fig, axes = plt.subplots(1, kinds, figsize=(1.2 + 2.7 * kinds, 3), squeeze=False)
+    fig, axes = plt.subplots(1, kinds, figsize=(1.4 + 2.5 * kinds, 2.8), squeeze=False)
     _curves(axes[0], rows, lambda p: 100 * p.avg_drop_rate, None, lambda p: 100 * p.expected_drop_rate)
-    for ax in axes[0]: ax.set_ylim(bottom=-.3)
+    for ax in axes[0]: ax.set_ylim(bottom=0 - .02 * ax.get_ylim()[1])
     axes[0, 0].set_ylabel("slots dropped, % (dotted: the law)")
-    axes[0, -1].legend(loc="upper right", fontsize=6)
-    if kinds > 1: axes[0, 0].legend(loc="upper right", fontsize=6)
+    _legend(axes[0])
     return fig
 
 def _speed_figure(rows: pd.DataFrame):
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
     kinds = rows.routing.nunique()
-    fig, axes = plt.subplots(1, kinds, figsize=(1.2 + 2.7 * kinds, 3), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, kinds, figsize=(1.4 + 2.5 * kinds, 2.8), sharey=True, squeeze=False)
     speed = lambda ms, p: 1e-3 * p.num_tokens / ms
     _curves(axes[0], rows, lambda p: speed(p.median_ms, p), lambda p: [speed(p.median_ms, p) - speed(p.high_ms, p), speed(p.low_ms, p) - speed(p.median_ms, p)], None)
     axes[0, 0].set(ylabel="million tokens a second", yscale="log")
-    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=6.5)
+    axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0, 0].yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes[0, 0].yaxis.set_minor_formatter(NullFormatter())
+    _legend(axes[0])
     return fig
 
 # %% ../nbs/74_capacity_report.ipynb #c9d51347
@@ -168,7 +177,7 @@ def _findings(rows: pd.DataFrame, law: pd.DataFrame, verdicts: pd.DataFrame, tol
     lines.append("By the law, even routing drops at most that from a mean load of " + " and ".join(f"{needed_mean_load(cf, tolerance)} tokens an expert on at factor {cf:g}" for cf in (1.05, 1.1)) + ".")
     for r in law.to_dict("records"):
         lines.append(f"**The drop law**, {r['routing']} routing at {r['tokens']} tokens: within {r['largest error']:.2f} percentage points in {r['measurements']} measurements, {r['mean error']:.3f} on average"
-                     + (f"; given only the CV {r['mean from CV']:.2f} on average, {r['largest from CV']:.2f} at most" if pd.notna(r["mean from CV"]) else "") + ".")
+                     + (f"; {r['batches within 2, %']:.0f} % of the single batches within 2 points, {r['largest in a batch']:.2f} at most; given only the CV {r['mean from CV']:.2f} on average, {r['largest from CV']:.2f} at most" if pd.notna(r["mean from CV"]) else "") + ".")
     wide = rows.pivot_table(index="run", columns="capacity_factor", values="median_ms")
     if 1.0 in wide and wide.columns.max() > 1:
         ratio = (wide[wide.columns.max()] / wide[1.0]).dropna()

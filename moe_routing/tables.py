@@ -49,7 +49,7 @@ def by_seed(runs: pd.DataFrame,          # of one setting: a router has one run 
     twice = runs[runs.duplicated([rows, columns], keep=False)]
     if len(twice):
         first = twice.iloc[0]
-        differ = [c for c in twice if c not in ("run", "run_id", "documents", "notes") and twice[(twice[rows] == first[rows]) & (twice[columns] == first[columns])][c].astype(str).nunique() > 1]
+        differ = [c for c in twice if c not in ("run", "run_id", "documents", "notes", metric) and twice[(twice[rows] == first[rows]) & (twice[columns] == first[columns])][c].astype(str).nunique() > 1]
         raise ValueError(f"{columns} {first[columns]!r} has several runs with {rows} {first[rows]}: choose one setting first; they differ in {', '.join(differ[:6])}")
     return runs.assign(**{metric: pd.to_numeric(runs[metric])}).pivot(index=rows, columns=columns, values=metric)
 
@@ -59,12 +59,14 @@ def mean_table(runs: pd.DataFrame,       # from `load_runs`
                metrics: list[str],       # columns to average; one that is missing gives dashes
                digits: int | dict = 3,   # or metric -> digits
                level: float = .95,
+               plain: Sequence[str] = (),# metrics to show as a bare mean
                mixed: bool = False,      # allow runs of different code
               ) -> pd.DataFrame:         # strings "mean [low, high]", and the number of seeds
     "Mean over seeds with t interval, a row for each value of `by` in order of appearance."
     by, rows = [by] if isinstance(by, str) else list(by), []
     for key, part in one_code(runs, mixed).groupby(by, sort=False, dropna=False):
-        cells = {m: cell(part[m] if m in part else [], digits.get(m, 3) if isinstance(digits, dict) else digits, level) for m in metrics}
+        value = lambda m: pd.to_numeric(part[m]).dropna() if m in part else pd.Series(dtype=float)
+        cells = {m: cell([value(m).mean()] if m in plain else value(m), digits.get(m, 3) if isinstance(digits, dict) else digits, level) for m in metrics}
         rows.append({**dict(zip(by, key)), "seeds": part.seed.nunique(), **cells})
     return pd.DataFrame(rows)
 
@@ -142,7 +144,8 @@ class Ranking:
         return grid
     def relation(self, a: str, b: str) -> str:
         "Of two routers: \"lower\" (a is shown lower than b), \"higher\", \"equivalent\" or \"undecided\"."
-        return {"<": "lower", ">": "higher", "=": "equivalent", "?": "undecided"}[self.matrix.loc[a, b]]
+        p = self.pairs[((self.pairs.a == a) & (self.pairs.b == b)) | ((self.pairs.a == b) & (self.pairs.b == a))].iloc[0]
+        return p.verdict if p.verdict != "different" else "lower" if (p.difference < 0) == (p.a == a) else "higher"
     def note(self) -> str:
         "How the table is to be read, for below it."
         n = self.pairs.seeds
@@ -158,7 +161,12 @@ class Ranking:
                              "to the best": ["-" if np.isnan(r.to_best) else f"{f(r.to_best)} [{f(r.to_best_low)}, {f(r.to_best_high)}]" for r in t.itertuples()],
                              "against the best": t.vs_best, "not shown to differ": t.not_different, "shown equivalent": t.equivalent.replace("", "-")})
 
-# %% ../nbs/71_tables.ipynb #cd269ee7
+# %% ../nbs/71_tables.ipynb #ce7405ed
+def _inside(p: list[float]) -> list[float]:
+    "Adjusted p of two one-sided tests over the pairs whose estimate lies inside the margin, which is where p <= 1/2; 1 for the others."
+    adjusted = benjamini_hochberg([2 * x if x <= .5 else None for x in p])
+    return [1.0 if a is None else a for a in adjusted]
+
 def _warnings(table: pd.DataFrame, n: int) -> list[str]:
     "What a reader of this ranking must know."
     said = []
@@ -181,14 +189,17 @@ def rank_with_classes(table: pd.DataFrame,            # rows = seeds (N), column
     if table.shape[1] < 2: raise ValueError(f"a ranking needs at least 2 routers, the table has {table.shape[1]}")
     if len(whole) < 3: raise ValueError(f"{len(whole)} seed{'s' * (len(whole) != 1)} that all {table.shape[1]} routers have: a ranking needs at least 3 (better 5); add seeds, or leave out a router without them")
     order = list(whole.mean().sort_values(kind="stable").index)
-    both = {(a, b): table[[a, b]].dropna() for a, b in combinations(order, 2)}
-    tests = [paired_t(x[a], x[b], level=1 - alpha) for (a, b), x in both.items()]
-    sd = [float((x[a] - x[b]).std()) for (a, b), x in both.items()]
+    column, both = {r: table[r].to_numpy(float) for r in order}, {}
+    for a, b in combinations(order, 2):
+        there = ~np.isnan(column[a] + column[b])
+        both[a, b] = column[a][there], column[b][there]
+    tests = [paired_t(*x, level=1 - alpha) for x in both.values()]
+    sd = [float((x - y).std(ddof=1)) for x, y in both.values()]
     spread = float(np.sqrt(np.average(np.square(sd), weights=[t.n - 1 for t in tests])))
     unit = {n: minimum_detectable_effect(1.0, n, alpha=alpha) for n in {t.n for t in tests}}
     margin = max(margin or 0.0, 2 * spread, unit[min(unit)] * spread, 1e-12)
     p = benjamini_hochberg([t.p for t in tests])
-    same = benjamini_hochberg([tost(x[a], x[b], margin, alpha).p for (a, b), x in both.items()])
+    same = _inside([tost(*x, margin, alpha).p for x in both.values()])
     words = [verdict(t.estimate, q, False, e, margin, unit[t.n] * s, alpha) for t, q, e, s in zip(tests, p, same, sd)]
     words = ["different" if w in ("better", "worse") else w for w in words]
     level = 1 - alpha * max(1, words.count("different")) / len(tests)
@@ -246,7 +257,7 @@ def kendall_agreement(first: pd.DataFrame,       # rows = seeds, columns = route
     "Do two tables rank their common routers alike? ValueError with fewer than 3 common routers or 2 seeds."
     from scipy.stats import kendalltau
     names = [r for r in first if r in second]
-    if len(names) < 3: raise ValueError(f"the two tables share {len(names)} routers ({', '.join(names) or 'none'}): at least 3 are needed to compare rankings")
+    if len(names) < 3: raise ValueError(f"the two tables share {len(names)} router{'s' * (len(names) != 1)} ({', '.join(names) or 'none'}): at least 3 are needed to compare rankings")
     one, two = first[names].dropna(), second[names].dropna()
     if min(len(one), len(two)) < 2: raise ValueError(f"{len(one)} and {len(two)} seeds that all common routers have: an interval needs at least 2 in both tables")
     q, r = factors or (_limit(one, alpha / 2), _limit(two, alpha / 2))

@@ -81,17 +81,25 @@ class TrainingText:
         for document in self.train[:200]: parts.update(str(document).encode())
         return hashlib.sha256(parts.digest() + self.windows.numpy().tobytes()).hexdigest()[:10]
 
-def _held_out(name: str, source: str, limit: int | None) -> tuple[list[str], list[str]]:
-    "Training texts and held-out texts of a corpus."
-    documents = [d["text"] for d in load_corpus(name, "train", source, limit)] if name == "embedded" else [d["text"] for d in load_corpus(name, None, source, limit)]
-    if name == "embedded": return documents, [d["text"] for d in load_corpus(name, "test")]
-    total, cut = sum(map(len, documents)), 0.0
-    for i, text in enumerate(documents):            # the document in which the last tenth begins is cut in two
-        if cut + len(text) >= .9 * total:
+def _parts(name: str, source: str, limit: int | None) -> tuple[list[dict], list[dict]]:
+    "Training and held-out documents of a corpus, each with text and domain."
+    if name == "embedded": return load_corpus(name, "train", source, limit), load_corpus(name, "test")
+    documents = load_corpus(name, None, source, limit)
+    total, cut = sum(len(d["text"]) for d in documents), 0
+    for i, d in enumerate(documents):               # the document in which the last tenth begins is cut in two
+        if cut + len(d["text"]) >= .9 * total:
             at = round(.9 * total - cut)
-            return [*documents[:i], text[:at]], [text[at:], *documents[i + 1:]]
-        cut += len(text)
+            return [*documents[:i], {**d, "text": d["text"][:at]}], [{**d, "text": d["text"][at:]}, *documents[i + 1:]]
+        cut += len(d["text"])
     raise ValueError(f"corpus {name!r} is empty")
+
+def _proportional(shares: dict[str, float], there: dict[str, int], count: int) -> dict[str, int]:
+    "How many windows of each domain, of those that are there: in proportion, largest remainders first."
+    count = min([count, *(int(there.get(d, 0) / s) for d, s in shares.items() if s > 1 / count)])
+    exact = {d: s * count for d, s in shares.items()}
+    whole = {d: min(int(x), there.get(d, 0)) for d, x in exact.items()}
+    for d in sorted(exact, key=lambda d: whole[d] - exact[d])[:count - sum(whole.values())]: whole[d] = min(whole[d] + 1, there.get(d, 0))
+    return whole
 
 # %% ../nbs/43_training.ipynb #ce7b427d
 def training_text(corpus: str = "embedded",     # embedded, tinystories, tiny_shakespeare, a .txt file, a folder, or a hub id
@@ -104,23 +112,26 @@ def training_text(corpus: str = "embedded",     # embedded, tinystories, tiny_sh
                  ) -> TrainingText:
     "Load, cut and tokenize a corpus. Raises ValueError when it is too short for one window of each part."
     in_range(length, 2, float("inf"), "length"), in_range(windows, 1, float("inf"), "windows"), in_range(characters, 1, float("inf"), "characters")
-    train, held = _held_out(corpus, source, limit)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    train, held = _parts(corpus, source, limit)
     kept, room = [], characters
-    for i in order:
+    for i in torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist():
         if room <= 0: break
-        kept.append(train[i][:room])
-        room -= len(kept[-1])
-    tokens = get_tokenizer(tokenizer, kept)
-    ids = lambda texts: [t + [tokens.eos_token_id] for t in tokens(texts, add_special_tokens=False)["input_ids"]]
-    train_ids, held_ids = ids(kept), [t for d in ids(held) for t in d]
-    for what, count in (("training", sum(map(len, train_ids))), ("held-out", len(held_ids))):
+        kept.append({**train[i], "text": train[i]["text"][:room]})
+        room -= len(kept[-1]["text"])
+    tokens = get_tokenizer(tokenizer, [d["text"] for d in kept])
+    ids = lambda documents: [t + [tokens.eos_token_id] for t in tokens([d["text"] for d in documents], add_special_tokens=False)["input_ids"]]
+    train_ids, flat, sizes = ids(kept), {}, {}
+    for d, one in zip(kept, train_ids): sizes[d["domain"]] = sizes.get(d["domain"], 0) + len(one)
+    held = [d for d in held if d["domain"] in sizes]
+    for d, one in zip(held, ids(held)): flat.setdefault(d["domain"], []).extend(one)
+    for what, count in (("training", sum(sizes.values())), ("held-out", max(map(len, flat.values()), default=0))):
         if count < length: raise ValueError(f"corpus {corpus!r} with tokenizer {tokenizer!r}: its {what} part has {count} tokens, fewer than one window of "
                                             f"length = {length}: take a longer text or a smaller length")
-    flat = torch.tensor(held_ids[:len(held_ids) // length * length]).view(-1, length)
-    rows = torch.linspace(0, len(flat) - 1, min(windows, len(flat))).round().long()
-    text = sum(map(len, held)) / len(held_ids)
-    return TrainingText(f"{corpus}, {tokenizer}", tokens, train_ids, flat[rows].contiguous(), text)
+    cut = {d: torch.tensor(t[:len(t) // length * length]).view(-1, length) for d, t in flat.items() if len(t) >= length}
+    wanted = _proportional({d: n / sum(sizes.values()) for d, n in sizes.items()}, {d: len(w) for d, w in cut.items()}, windows)
+    rows = torch.cat([cut[d][torch.linspace(0, len(cut[d]) - 1, n).round().long()] for d, n in wanted.items() if n])
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]           # a batch of one kind of text would load the experts otherwise
+    return TrainingText(f"{corpus}, {tokenizer}", tokens, train_ids, rows, sum(len(d["text"]) for d in held) / sum(map(len, flat.values())))
 
 # %% ../nbs/43_training.ipynb #cfea97f2-2
 @dataclass(frozen=True)
@@ -184,8 +195,8 @@ def nominal_k(recipe: Recipe) -> float:
     return float(f"{demanded:.3g}")
 
 def expert_width(recipe: Recipe, k: float) -> int:
-    "Width of an expert: that of the reference, or what spends the reference's arithmetic on `k` experts."
-    return recipe.intermediate if recipe.match == "width" else max(1, round(recipe.intermediate * recipe.k / k))
+    "Width of an expert: that of the reference, or what spends the reference's arithmetic on `k` experts; a multiple of 8, as grouped products need."
+    return recipe.intermediate if recipe.match == "width" else 8 * max(1, round(recipe.intermediate * recipe.k / k / 8))
 
 # %% ../nbs/43_training.ipynb #c404784a
 def _draw(shape: torch.Size, std: float, *key) -> Tensor:
@@ -457,7 +468,10 @@ def prepare(recipe: Recipe, text: TrainingText,
            ) -> _Steps:                      # call it with a step's number; `patch.__exit__` and `unmount` end it
     "Model, routers, open patch, optimizer and batches, ready for the first step."
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, set_seed
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.mixed_precision:
+        AcceleratorState._reset_state()                # without it, a second training in this process could not ask for another precision
     cpu = load_settings().device == "cpu" if cpu is None else cpu
     ddp = DistributedDataParallelKwargs(find_unused_parameters=not find_row(recipe.router).trainable)
     accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=_trackers(trackers, folder), project_dir=folder, kwargs_handlers=[ddp])
