@@ -59,13 +59,13 @@ def step_up(p, alpha):
     return max((r for r, q in enumerate(sorted(p.tolist()), 1) if q <= alpha * r / len(p)), default=0)
 
 def choose(name, params, logits, choice, null, layer):
-    "The set of one token; None where a control draws it from elsewhere."
-    if name in ("random", "token_hash", "position_hash"): return None
+    "The set of one token; None where it does not follow from the token's own logits."
+    if ROUTERS[name].chooses != "token": return None
     allowed = [e for e in range(E) if choice[e] > float("-inf")]
     order = sorted(allowed, key=lambda e: (-float(choice[e]), e))
     total = sum(math.exp(float(logits[e])) for e in allowed)
     p = [math.exp(float(logits[e])) / total for e in order]
-    if name in ("topk", "uniform", "switch"): n = params.get("k", 1)
+    if ROUTERS[name].group != "adaptive": n = params.get("k", 1)
     elif name == "top_p": n = next((i for i in range(1, len(p)) if sum(p[:i]) >= params["p"]), len(p))
     elif name == "threshold": n = max(1, sum(q >= params["threshold"] for q in p))
     elif name == "entropy_bands": n = next((k for bar, k in ((.7, K // 2), (.5, K), (.3, 2 * K)) if p[0] > bar), 4 * K)
@@ -103,5 +103,5 @@ def test_every_router(family, dtype):
                 assert wanted is None or set(found.tolist()) == wanted, (name, l, t)
                 w, loose = weights(found).float(), 1e-5 if dtype == torch.float32 else 1e-2
                 assert torch.allclose(routing.weights[t][:len(found)].float(), w, atol=loose), (name, l, t)
-                y = sum(w[i] * expert(family, layer.experts, x, int(e)).float() for i, e in enumerate(found))
+                y = sum((w[i] * expert(family, layer.experts, x, int(e)).float() for i, e in enumerate(found)), torch.zeros(x.shape))
                 assert (came[l].reshape(len(hidden), -1)[t].float() - y).abs().max() <= loose * (1 + y.abs().max()), (name, l, t)
