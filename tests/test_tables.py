@@ -72,6 +72,13 @@ def test_ranking_refuses_and_warns():
     assert any("r6" in w for w in tables.rank_with_classes(wild).warnings)
 
 
+def test_a_wide_margin_makes_no_claim():
+    x = table(own=.01)
+    free, bound = tables.rank_with_classes(x, margin=.5), tables.rank_with_classes(x, margin=.5, widest=.1)
+    assert (free.pairs.verdict == "equivalent").any() and not (bound.pairs.verdict == "equivalent").any() and "wider than 0.1" in bound.note()
+    assert (free.pairs.verdict == "different").equals(bound.pairs.verdict == "different")
+
+
 def test_identical_routers_are_equivalent():
     x = table()
     x["r1"] = x["r0"]
@@ -257,12 +264,14 @@ def test_at_most_needs_evidence_on_either_side():
     assert .03 <= wrong.count("yes") / 1000 <= .075 and .03 <= wrong.count("no") / 1000 <= .075
 
 
-def test_equal_width_takes_what_is_the_same_model(runs):
-    wide = runs[(runs.router == "switch") & (runs.capacity_factor == 1.25)].assign(match="width")
-    both = reports.equal_width(pd.concat([runs, wide], ignore_index=True))
-    here = both[both.match == "width"]
-    assert set(here.router) == set(TRUTH) - {"top1_as_shipped"} and (here.capacity_factor == 1.25).all() and not here.duplicated(["router", "seed"]).any()
-    assert reports.equal_width(runs) is runs
+def test_the_same_model_counts_under_both_matches(runs):
+    shipped = runs[(runs.router == "softk") & (runs.capacity_factor == 1.25)].assign(match="width")
+    some = pd.concat([runs[runs.router.isin(["switch", "topk_aux"])], shipped], ignore_index=True)
+    both = reports.same_models(some)
+    at = lambda match: both[(both.match == match) & (both.capacity_factor == 1.25)]
+    assert set(at("compute").router) == {"switch", "topk_aux", "softk"} and set(at("width").router) == {"softk", "topk_aux"}      # switch asks for one expert: another width
+    assert not at("width").duplicated(["router", "seed"]).any() and len(both) == len(some) + 10
+    assert reports.same_models(runs) is runs and reports.same_models(both) is both
 
 
 def test_report_refuses_an_unfinished_study(plan):
