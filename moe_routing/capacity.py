@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'expert_capacity', 'limit', 'demand_load', 'served_load', 'drop_rate', 'orphan_rate', 'Capped', 'pack',
-           'combine', 'expected_drop_rate', 'shares_from_cv', 'share_cv', 'drop_law_error', 'recommend_capacity_factor']
+           'combine', 'expected_drop_rate', 'shares_from_cv', 'share_cv', 'load_dispersion', 'drop_law_error',
+           'recommend_capacity_factor']
 
 # %% ../nbs/09_capacity.ipynb #c7e21d03
 from collections.abc import Callable
@@ -170,6 +171,16 @@ def _excess(trials: int, p: np.ndarray, C: int) -> np.ndarray:
     q = np.minimum(p, 1.0)
     return np.where(p >= 1, certain, np.maximum(trials * q * bdtrc(C - 1, trials - 1, q) - C * bdtrc(C, trials, q), 0.0))
 
+# %% ../nbs/09_capacity.ipynb #c2518de4
+def _normal_excess(trials: int, p: np.ndarray, C: int, dispersion: float) -> np.ndarray:
+    "E (D - C)^+ for a normal D with the mean of Binomial(trials, p) and `dispersion` times its variance."
+    from scipy.stats import norm
+    in_range(dispersion, 0, float("inf"), "dispersion", open_high=True)
+    mean, q = trials * p, np.minimum(p, 1.0)
+    sd = np.sqrt(dispersion * trials * q * (1 - q))
+    z = np.divide(C - mean, sd, out=np.zeros_like(mean), where=sd > 0)
+    return np.where(sd > 0, sd * (norm.pdf(z) - z * norm.sf(z)), np.maximum(mean - C, 0.0))
+
 # %% ../nbs/09_capacity.ipynb #cf4b98c0
 def expected_drop_rate(tokens: int,                # T, valid tokens of one forward
                        num_experts: int,           # E
@@ -179,6 +190,7 @@ def expected_drop_rate(tokens: int,                # T, valid tokens of one forw
                        cv: float | None = None,    # coefficient of variation of the shares, where that is all that is known
                        max_violation: float | None = None,  # with cv: the largest share over the mean, minus 1
                        distinct: bool = True,      # a token takes an expert at most once
+                       dispersion: float = 1.0,    # variance of an expert's demand over that of independent tokens, see `load_dispersion`
                       ) -> float:                  # in [0, 1]
     "The share of slots that will be dropped when tokens choose independently; exact given the shares. ValueError on bad shares, or on shares and cv at once."
     if shares is not None and cv is not None: raise ValueError("give shares or cv, not both: shares say more")
@@ -189,7 +201,8 @@ def expected_drop_rate(tokens: int,                # T, valid tokens of one forw
     elif max_violation is not None: raise ValueError("max_violation alone does not give the shares: give cv too")
     else: s = np.full(num_experts, 1 / num_experts) if shares is None else _shares(shares, num_experts)
     trials = tokens if distinct else round(tokens * k)
-    return float(_excess(trials, tokens * k * s / trials, C).sum() / (tokens * k))
+    p = tokens * k * s / trials
+    return float((_excess(trials, p, C) if dispersion == 1 else _normal_excess(trials, p, C, dispersion)).sum() / (tokens * k))
 
 # %% ../nbs/09_capacity.ipynb #c1533a26
 def _full(x: np.ndarray, most: float) -> np.ndarray:
@@ -238,12 +251,27 @@ def share_cv(load_cv: float,                     # population CV of the demand o
     noise = (1 - k / num_experts) * num_experts / (tokens * k)
     return sqrt(max(load_cv**2 - noise, 0.0) / (1 - 1 / tokens)) if tokens > 1 else 0.0
 
+# %% ../nbs/09_capacity.ipynb #cf31aa9e
+def load_dispersion(demand,            # (B, E) demand of each batch, B at least 3
+                    tokens,            # T of each batch: one number, or (B,)
+                    k: float,          # slots a token asks for
+                   ) -> float:
+    "Variance of the experts' demand between batches, over that of independent tokens: 1 when they are."
+    d = np.asarray(demand.detach().cpu() if isinstance(demand, Tensor) else demand, dtype=np.float64)
+    if d.ndim != 2 or len(d) < 3: raise ValueError(f"demand of shape {d.shape}: a variance between batches needs (B, E) with at least 3 batches")
+    T = np.broadcast_to(np.asarray(tokens, dtype=np.float64), (len(d),))
+    share = d / d.sum(1, keepdims=True)
+    p = np.minimum(k * d.sum(0) / d.sum(), 1)
+    expected = (p * (1 - p)).sum() / k**2 * (1 / T).mean()
+    return float(share.var(0, ddof=1).sum() / expected) if expected else 1.0
+
 # %% ../nbs/09_capacity.ipynb #c6379c10
 def drop_law_error(demand,                       # (B, E) demand of each batch
                    tokens,                       # T of each batch: one number, or (B,)
                    k: float,                     # slots a token asks for
                    capacity_factors=(1.0, 1.05, 1.1, 1.25, 1.5, 2.0),
                    shares=None,                  # (E,) known beforehand; default: of the other batches
+                   dispersion: float | None = 1.0,   # 1: independent tokens; None: of the other batches, at least 3 of them
                   ) -> list[dict]:               # a row a factor: actual and expected drop rate and their error (means), batch_errors [B], worst (of them), and what CV alone gives
     "The drop law against measured demand, batch by batch; rates as shares, not percent. ValueError for fewer than 2 batches without shares."
     d = np.asarray(demand.detach().cpu() if isinstance(demand, Tensor) else demand, dtype=np.float64)
@@ -252,11 +280,12 @@ def drop_law_error(demand,                       # (B, E) demand of each batch
     if shares is None and B < 2: raise ValueError("one batch cannot give the shares it is judged by: measure 2 or more, or give shares")
     T, total = np.broadcast_to(np.asarray(tokens), (B,)).astype(int), d.sum(0)
     others = [(total - row) / (total - row).sum() if shares is None else shares for row in d]
+    spread = [load_dispersion(np.delete(d, i, 0), np.delete(T, i), k) for i in range(B)] if dispersion is None else [dispersion] * B
     pooled = total / total.sum()
     cv, rows = share_cv(float(pooled.std() / pooled.mean()), int(T.sum()), E, k), []
     for cf in capacity_factors:
         actual = np.array([np.maximum(row - expert_capacity(t, E, k, cf), 0).sum() / row.sum() for row, t in zip(d, T)])
-        law = np.array([expected_drop_rate(t, E, k, cf, s) for t, s in zip(T, others)])
+        law = np.array([expected_drop_rate(t, E, k, cf, s, dispersion=f) for t, s, f in zip(T, others, spread)])
         from_cv = np.array([expected_drop_rate(t, E, k, cf, cv=cv) for t in T])
         rows.append({"capacity_factor": float(cf), "actual": actual.mean(), "expected": law.mean(), "error": law.mean() - actual.mean(), "worst": np.abs(law - actual).max(),
                      "expected_from_cv": from_cv.mean(), "error_from_cv": from_cv.mean() - actual.mean(), "batch_errors": law - actual})

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUBLISHED_AS', 'PREFIX', 'SEED_SIZE', 'EVALUATED_EVERY', 'SEED_COLUMNS', 'ADDED_COLUMNS', 'GROUPS',
            'BALANCERS', 'FIGURES', 'CLAIMED', 'made_up_study', 'summary_csv', 'router_groups', 'with_groups',
-           'settings_of', 'windows_of', 'holds_for_other_text', 'checkpoint_table', 'at_most', 'balance_table',
-           'shown_balance', 'capacity_effect', 'draw_frontier', 'draw_load_vs_ppl', 'draw_gate_entropy', 'draw_overlay',
-           'draw_expert_histogram', 'draw_expert_heatmap', 'draw_figures', 'ranking_verdict', 'scale_verdict',
-           'subword_verdict', 'capacity_verdict', 'throughput_verdicts', 'seed_verdicts', 'shown_verdicts',
-           'finished_runs', 'sibling_runs', 'equal_width', 'routers_report', 'balance_report', 'draw_balance']
+           'settings_of', 'same_models', 'windows_of', 'holds_for_other_text', 'checkpoint_table', 'at_most',
+           'balance_table', 'shown_balance', 'capacity_effect', 'draw_frontier', 'draw_load_vs_ppl',
+           'draw_gate_entropy', 'draw_overlay', 'draw_expert_histogram', 'draw_expert_heatmap', 'draw_figures',
+           'ranking_verdict', 'scale_verdict', 'subword_verdict', 'capacity_verdict', 'throughput_verdicts',
+           'seed_verdicts', 'shown_verdicts', 'finished_runs', 'sibling_runs', 'routers_report', 'balance_report',
+           'draw_balance']
 
 # %% ../nbs/73_router_reports.ipynb #c336588e
 import io
@@ -114,7 +115,7 @@ def _made_up_run(folder, p, loss, hard, rng, drops, excess, speed, code, templat
               "status": "finished", "error": None, "metrics": metrics, "documents": {"window": list(range(W)), "nll": nll.tolist(), "tokens": [128] * W}, "notes": {}}
     (folder / "run.json").write_text(json.dumps(record))
     if not logs: return
-    (folder / "loads.json").write_text(json.dumps({"demand": demand.tolist(), "served": np.minimum(demand, cf * 4096 * k / E).tolist()}))
+    (folder / "loads.json").write_text(json.dumps({"demand": demand.tolist(), "served": np.minimum(demand, cf * 4096 * k / E).tolist(), "drop_law": []}))
     steps = range(25, p["steps"] + 1, 25)
     curve = [{"step": s, "train_loss": loss + 2 * np.exp(-s / 60) + rng.normal(0, .01), "val_loss": loss + 2 * np.exp(-s / 60) * (1 - s / p["steps"]), "tokens_per_s": tps} for s in steps]
     (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
@@ -172,6 +173,17 @@ def settings_of(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
         cf = at.get("capacity_factor", np.inf)
         found.append((f"{words}, {'no capacity limit' if cf == np.inf else f'capacity factor {cf:g}'}" + (f", {at['corpus']}" if "corpus" in at and runs.corpus.nunique() > 1 else ""), runs.loc[part.index]))
     return found
+
+# %% ../nbs/73_router_reports.ipynb #c80c00d4
+def same_models(runs: pd.DataFrame) -> pd.DataFrame:
+    "The runs, and those that are the same model under the other `match`, where that has none of its own for the router, capacity factor and corpus."
+    if "nominal_k" not in runs or runs.match.nunique() < 2: return runs
+    at = lambda r: pd.MultiIndex.from_frame(r[["match", "capacity_factor", "corpus"]].fillna(-1))
+    place = lambda r: pd.MultiIndex.from_frame(r[["match", "capacity_factor", "corpus", "router"]].fillna(-1))
+    other = runs[(runs.nominal_k - runs.k).abs() < .02 * runs.k]
+    other = other.assign(match=other.match.map({"compute": "width", "width": "compute"}))
+    other = other[at(other).isin(at(runs)) & ~place(other).isin(place(runs))]
+    return pd.concat([runs, other], ignore_index=True) if len(other) else runs
 
 # %% ../nbs/73_router_reports.ipynb #cf4a84f8
 def windows_of(run) -> pd.DataFrame:               # a row of `load_runs`
@@ -373,7 +385,8 @@ def _loads(runs: pd.DataFrame, folder: Path) -> dict[str, dict[str, np.ndarray]]
     for run in runs[runs.capacity_factor.eq(cf) if cf == cf else runs.run.notna()].itertuples():
         file = Path(folder) / run.run / "loads.json"
         if not file.is_file(): continue
-        both = {k: np.asarray(v, dtype=float) for k, v in json.loads(file.read_text()).items()}
+        read = json.loads(file.read_text())
+        both = {k: np.asarray(read[k], dtype=float) for k in ("demand", "served") if k in read}
         mean, order = both["demand"].mean(1, keepdims=True), (-both["demand"]).argsort(1, kind="stable")
         for k in ("demand", "served"):
             if k in both: found.setdefault(run.router, {}).setdefault(k, []).append(np.take_along_axis(both[k], order, 1) / np.where(mean > 0, mean, 1))
@@ -468,7 +481,7 @@ CLAIMED = (("expert-choice", "softk"), ("softk", "hash"), ("softk", "topk-hard")
 
 def _setting(runs: pd.DataFrame, names, matches: tuple, factor: float) -> pd.DataFrame:
     "The runs of `names` in the setting that holds most of them with most seeds; ties: the first match, the capacity factor nearest to `factor`."
-    here, best = runs[runs.router.isin(names)], None
+    here, best = same_models(runs[runs.router.isin(names)]), None
     if here.empty: return here
     filled = here.assign(capacity_factor=here.capacity_factor.fillna(1e9))
     for (match, cf, _), part in filled.groupby(["match", "capacity_factor", "corpus"], sort=True):
@@ -629,13 +642,6 @@ def sibling_runs(plan: Plan, runs: pd.DataFrame) -> dict[str, pd.DataFrame | Non
         return with_groups(found) if len(found) else None
     return {role: runs_of(name) for role, name in names.items()} | {"this": runs}
 
-def equal_width(runs: pd.DataFrame) -> pd.DataFrame:
-    "The runs at equal width, with those of the matched runs whose router asks for the reference's k: for them both are the same model."
-    if not (runs.match == "width").any() or "nominal_k" not in runs: return runs
-    wide = runs[runs.match == "width"]
-    same = runs[(runs.match == "compute") & ((runs.nominal_k - runs.k).abs() < .02 * runs.k) & ~runs.router.isin(wide.router) & runs.capacity_factor.isin(wide.capacity_factor) & runs.corpus.isin(wide.corpus)]
-    return pd.concat([runs, same.assign(match="width")], ignore_index=True)
-
 # %% ../nbs/73_router_reports.ipynb #c3c38b8c
 METRIC_COLUMNS = ["val_loss", "val_ppl", "bpc", "active_share", "drop_rate", "orphan_rate", "demand_cv", "served_cv", "gate_entropy", "mean_k"]
 DIGITS = {"val_loss": 4, "val_ppl": 3, "bpc": 4, "drop_rate": 4, "orphan_rate": 4, "median_tokens_per_s": 0, "best_tokens_per_s": 0, "val_loss_as_trained": 4}
@@ -652,16 +658,17 @@ def _what_was_run(plan: Plan, runs: pd.DataFrame) -> list[str]:
         text.append(f"The seed used hidden size {seed['hidden']}, {seed['layers']} layers, {seed['num_experts']} experts and {seed['steps']} steps of {seed['tokens']} tokens: "
                     + (f"**this is the smaller CPU preset**, {one.hidden / seed['hidden']:.2g} of the width and {share:.2g} % of the training tokens. What it shows is about models of this size." if smaller else "this run is at least as large."))
     if "active_share" in runs:
-        matched = runs[runs.match == "compute"].groupby("router").active_share.mean()
+        matched = runs[runs.match == "compute"].assign(capacity_factor=runs.capacity_factor.fillna(np.inf)).groupby(["router", "capacity_factor"]).active_share.mean()
         off = matched[(matched - 1).abs() > .02]
-        text.append("Active compute of every router in the matched tables is within 2 % of the reference." if off.empty else "**Not matched within 2 %**: " + ", ".join(f"{r} {v:.3f}" for r, v in off.items()) + ".")
+        text.append("Active compute of every router in the matched tables is within 2 % of the reference." if off.empty else "**Not matched within 2 %**: " + ", ".join(f"{r} at {f:g} {v:.3f}" for (r, f), v in off.items()) + " of the reference's active compute.")
     few = runs.groupby("router").seed.nunique()
     if few.min() < 5: text.append(f"{', '.join(few[few < 5].index[:8])}{' and others' if (few < 5).sum() > 8 else ''} have fewer than 5 seeds.")
     return text
 
 def _ranking_text(title: str, part: pd.DataFrame, margin: float | None) -> tuple[list[str], Ranking]:
     "A ranking with its note, and how much of it holds for other text."
-    ranking = rank_with_classes(by_seed(part, "val_loss"), margin)
+    loss = by_seed(part, "val_loss")
+    ranking = rank_with_classes(loss, margin, widest=.02 * float(loss.mean(axis=None)))
     text = [f"**{title}**", "", markdown_table(ranking.shown()), "", ranking.note()]
     if "documents" in part and part.documents.map(bool).all():
         held, different = holds_for_other_text(part, ranking)
@@ -691,10 +698,10 @@ def _one_setting(label: str, part: pd.DataFrame, margin: float | None) -> tuple[
     if len(some) > len(first): text += _ranking_text("All routers with at least 3 seeds", can[can.router.isin(some)], margin)[0]
     return text, ranking
 
-# %% ../nbs/73_router_reports.ipynb #cfc1fa83
-def _balance_and_capacity(runs: pd.DataFrame) -> list[str]:
+# %% ../nbs/73_router_reports.ipynb #c51da4d3
+def _balance_and_capacity(runs: pd.DataFrame, both: pd.DataFrame) -> list[str]:
     "What balance costs, what capacity changes, throughput."
-    text, sets = [], dict(settings_of(runs))
+    text, sets = [], dict(settings_of(both))
     text += ["## What balance costs", "", "MaxVio and CV of the wanted load above their noise floor, and the loss against soft-k, which is not balanced, paired by seed.", ""]
     for label, part in sets.items():
         some = part[part.router.isin((*BALANCERS, "softk"))]
@@ -735,19 +742,20 @@ def routers_report(plan: Plan) -> Path:            # of the Markdown file
     "Summary CSV, figures, verdicts and report of a study of trained routers, from its finished runs. ValueError when runs are missing or stale."
     runs, options, name = finished_runs(plan), plan.study.report_options, plan.study.name
     publish = find_root() / "figures" if options.get("publish") and not plan.overrides else None
-    prefix, main = options.get("prefix", PREFIX.get(name, name)), runs[(runs.match == "compute") & (runs.corpus == runs.corpus.iloc[0])]
+    prefix, both = options.get("prefix", PREFIX.get(name, name)), same_models(runs)
+    main = both[(both.match == "compute") & (both.corpus == runs.corpus.iloc[0])]
     main = main if len(main) else runs
     summary_csv(runs, plan.folder / f"{prefix}_summary.csv", f"papermill_runs/{plan.folder.name}")
     made, studies = draw_figures(main, plan.folder, name, prefix, publish), sibling_runs(plan, runs)
     judged = seed_verdicts(studies)
     write_atomic(plan.folder / "verdicts.csv", judged.assign(runs=judged.runs.map(" ".join)).to_csv(index=False, lineterminator="\n"))
     sections, answers = [], []
-    for label, part in settings_of(equal_width(runs)):
+    for label, part in settings_of(both):
         text, ranking = _one_setting(label, part, options.get("margin"))
         sections += text
         if ranking is not None: answers.append(f"**{label[0].upper()}{label[1:]}**: {_answer(ranking)}")
     answers += [f"**{v.claim}**: {v.verdict}." for v in judged.itertuples()]
-    text = [f"# Routers trained alike: {plan.study.question}", "", *_what_was_run(plan, runs), "", "## Answers", "", *[f"- {a}" for a in answers], "", *sections, *_balance_and_capacity(runs), *_two_corpora(runs, studies),
+    text = [f"# Routers trained alike: {plan.study.question}", "", *_what_was_run(plan, runs), "", "## Answers", "", *[f"- {a}" for a in answers], "", *sections, *_balance_and_capacity(runs, both), *_two_corpora(runs, studies),
             "## Figures", "", *[f"![{p.stem.removeprefix(prefix + '_').replace('_', ' ')}]({p.name})" for p in made], "",
             "## The published conclusions of seed 003", "", "Computed from the runs named (all of them in `verdicts.csv`).", "", markdown_table(shown_verdicts(judged)), "",
             f"All runs: `{prefix}_summary.csv`, the seed's columns first. {provenance(runs)}.", ""]
@@ -770,7 +778,8 @@ def balance_report(plan: Plan) -> Path:            # of the Markdown file
     publish = find_root() / "figures" if options.get("publish") and not plan.overrides else None
     summary_csv(runs, plan.folder / f"{name}_summary.csv", f"papermill_runs/{plan.folder.name}")
     sections, answers = [], []
-    for label, part in settings_of(runs):
+    for label, part in settings_of(same_models(runs)):
+        if against not in set(part.router): continue
         table = balance_table(part, against, limit, cost)
         others = table[table.router != against]
         both, best = others[(others.on_floor == "yes") & (others.cheap == "yes")].router.tolist(), others.iloc[0]

@@ -167,19 +167,21 @@ def _inside(p: list[float]) -> list[float]:
     adjusted = benjamini_hochberg([2 * x if x <= .5 else None for x in p])
     return [1.0 if a is None else a for a in adjusted]
 
-def _warnings(table: pd.DataFrame, n: int) -> list[str]:
+def _warnings(table: pd.DataFrame, n: int, margin: float, widest: float | None) -> list[str]:
     "What a reader of this ranking must know."
     said = []
+    if widest is not None and margin > widest: said.append(f"A margin of {margin:.3g} is wider than {widest:.3g}, so nothing is called equivalent: more seeds narrow it.")
     if n < 5: said.append(f"Only {n} seeds: small differences stay undecided; 5 are needed for a table that is read as a ranking.")
     rest = table.sub(table.mean(axis=1), axis=0).std()
-    wild = [r for r in table if rest[r] > 4 * rest.median()]
-    if wild: said.append(f"{', '.join(wild)} vary over 4 times as much as the median router and widen the margin for all: rank without them too.")
+    wild = [r for r in table if rest[r] > 3 * rest.median()]
+    if wild: said.append(f"{', '.join(wild)} vary over 3 times as much as the median router and widen the margin for all: rank without them too.")
     return said
 
 # %% ../nbs/71_tables.ipynb #c05ca78d
 def rank_with_classes(table: pd.DataFrame,            # rows = seeds (N), columns = routers; lower is better
                       margin: float | None = None,    # what is negligible, in the unit of the table; raised to 2 pooled sd and to the minimum detectable effect
                       alpha: float = .05,
+                      widest: float | None = None,    # a margin above it is too wide for any claim of equivalence
                      ) -> Ranking:
     """Order routers by mean and say of every pair: different, equivalent or undecided. Paired by seed with t, adjusted over all pairs.
     The order uses the seeds that all routers have, a pair uses all seeds it shares. ValueError under 3 seeds or 2 routers."""
@@ -201,12 +203,12 @@ def rank_with_classes(table: pd.DataFrame,            # rows = seeds (N), column
     p = benjamini_hochberg([t.p for t in tests])
     same = _inside([tost(*x, margin, alpha).p for x in both.values()])
     words = [verdict(t.estimate, q, False, e, margin, unit[t.n] * s, alpha) for t, q, e, s in zip(tests, p, same, sd)]
-    words = ["different" if w in ("better", "worse") else w for w in words]
+    words = ["different" if w in ("better", "worse") else "undecided" if widest is not None and margin > widest and w == "equivalent" else w for w in words]
     level = 1 - alpha * max(1, words.count("different")) / len(tests)
     half = [student.ppf((1 + level) / 2, t.n - 1) * s / t.n ** .5 for t, s in zip(tests, sd)]
     pairs = pd.DataFrame([{"a": a, "b": b, "difference": t.estimate, "low": t.estimate - h, "high": t.estimate + h, "p": t.p, "p_adjusted": q, "mde": unit[t.n] * s, "equivalence_p": e, "seeds": t.n, "verdict": w}
                           for (a, b), t, q, e, s, h, w in zip(both, tests, p, same, sd, half, words)])
-    return Ranking(_ranked(table, whole, order, pairs), pairs, margin, spread, level, _warnings(whole, min(unit)))
+    return Ranking(_ranked(table, whole, order, pairs), pairs, margin, spread, level, _warnings(whole, min(unit), margin, widest))
 
 # %% ../nbs/71_tables.ipynb #cd170654
 def _ranked(table: pd.DataFrame, whole: pd.DataFrame, order: list[str], pairs: pd.DataFrame) -> pd.DataFrame:

@@ -60,7 +60,7 @@ class TokenHash(_Control):
     def decide(self, view: GateView) -> Routing:
         token = view.context.require("token_id", "token_hash").to(view.logits.device, torch.int64)
         expert = torch.arange(view.num_experts, device=token.device)
-        mixed = _mix(_mix(token + self.seed * _MIX[0])[:, None] + (expert + 1) * _MIX[0])
+        mixed = _mix(_mix(token + _mix(torch.tensor(self.seed)))[:, None] + (expert + 1) * _MIX[0])
         return _by_score(self, view, (mixed & 0xFFFFFF).float())      # 24 bits are exact in float32
 
 # %% ../../nbs/13_routers.control.ipynb #cfea97f2-2
