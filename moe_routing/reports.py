@@ -462,7 +462,7 @@ def build_report(plan: Plan) -> Path:
 # %% ../nbs/72_reports.ipynb #c657aed5
 def run_benchmarks(names: list[str] | None = None,  # of templates bench_<name>; default: all
                   ) -> Path:                        # figures/benchmarks.md
-    "Measure every claim of speed and quality on this machine, one process a template; rows go to figures/benchmarks.csv and .md."
+    "Measure every claim of speed and quality on this machine, one process a template; rows go to figures/benchmarks.csv and .md, those of benchmarks that are not asked for stay."
     import papermill as pm
     import torch
     root = find_root()
@@ -476,8 +476,11 @@ def run_benchmarks(names: list[str] | None = None,  # of templates bench_<name>;
                             extra_arguments=["--log-level=50"])
         rows += [{"benchmark": name, **row} for row in json.loads(file.read_text())]
         print(f"{name}: {sum(r['benchmark'] == name for r in rows)} rows", flush=True)
-    table, device = pd.DataFrame(rows), torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    table.to_csv(root / "figures" / "benchmarks.csv", index=False, float_format="%.4g", lineterminator="\n")
+    file = root / "figures" / "benchmarks.csv"
+    kept = pd.read_csv(file) if names and file.is_file() else pd.DataFrame({"benchmark": []})
+    table = pd.concat([kept[~kept.benchmark.isin(names or there)], pd.DataFrame(rows)], ignore_index=True).sort_values("benchmark", kind="stable")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    table.to_csv(file, index=False, float_format="%.4g", lineterminator="\n")
     path = root / "figures" / "benchmarks.md"
     shown = table.assign(ratio=table.ratio.fillna(table.value) if "value" in table else table.ratio).rename(columns={"ratio": "figure"})
     shown = shown.drop(columns=[c for c in ("ours_ms", "peer_ms", "pairs", "value") if c in shown]).astype(object).where(lambda t: t.notna(), "")
