@@ -221,7 +221,7 @@ def test_ones_own_router_in_a_template(tmp_path, monkeypatch):
     "A row in a file of one's own runs through papermill, leaves its record, and its extra parameter is trained and saved."
     (tmp_path / "own_router.py").write_text(OWN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
-    record = run_template("train_router", {"router": "own_router:SCALED", "keep_model": True, "windows": 16, "steps": 4, "eval_every": 2, "capacity_factor": 1.0}, tmp_path / "run")
+    record = run_template("train_router", {"router": "own_router:SCALED", "keep_model": True, "windows": 32, "steps": 4, "eval_every": 2, "capacity_factor": 1.0}, tmp_path / "run")
     assert record["status"] == "finished" and record["metrics"]["val_loss"] < 6 and record["metrics"]["active_share"] == pytest.approx(1)
     assert record["metrics"]["drop_law_error_points"] is not None and (tmp_path / "run" / "loads.json").is_file()
     state = load_file(tmp_path / "run" / "best" / "routers.safetensors")
