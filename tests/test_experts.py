@@ -129,9 +129,13 @@ def test_low_precision(grad):
     with torch.set_grad_enabled(grad): out = ragged_experts(m, hidden.bfloat16(), ids, weights.float())
     assert out.dtype == torch.bfloat16 and ((out - exact).abs() <= .05 * exact.abs().max()).all()
 
-def test_autocast_does_not_change_the_precision_of_the_weights():
-    ids, weights, E = MIXES["all used"]
+@pytest.mark.parametrize("mix", ["all used", "some used"])
+def test_autocast_is_followed(mix):
+    "Products in autocast's precision, output in that of the input, gradients in that of the parameters."
+    ids, weights, E = MIXES[mix]
     m, hidden = make(5).float(), torch.randn(len(ids), 6)
-    with torch.no_grad():
-        plain = ragged_experts(m, hidden, ids, weights.float())
-        with torch.autocast("cpu", dtype=torch.bfloat16): assert torch.equal(plain, ragged_experts(m, hidden, ids, weights.float()))
+    plain = ragged_experts(m, hidden, ids, weights.float()).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16): low = ragged_experts(m, hidden, ids, weights.float())
+    low.sum().backward()
+    assert low.dtype == torch.float32 and not torch.equal(plain, low) and (plain - low).abs().max() <= .05 * plain.abs().max()
+    assert all(p.grad.dtype == p.dtype == torch.float32 and p.grad.isfinite().all() for p in m.parameters())
