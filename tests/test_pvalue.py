@@ -13,12 +13,7 @@ from moe_routing.routers.pvalue import (BH, BY, HC, KINDS, Null, bh_count, by_co
 INF = float("inf")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)

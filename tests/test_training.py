@@ -23,12 +23,7 @@ TRAINED = [name for name, row in ROUTERS.items() if row.group in ("trainable", "
 def text(): return training_text("embedded", "char", length=32, windows=16, characters=60_000)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(recipe, text, folder=None, **options):
@@ -146,6 +141,20 @@ def test_bad_text(tmp_path):
                           (lambda: get_tokenizer("bpe:100", ["a"]), "vocab_size = 100"), (lambda: get_tokenizer("no/such", ["a"]), "cannot load"),
                           (lambda: training_text("embedded", length=1), "length = 1"), (lambda: training_text("embedded", length=32, windows=0), "windows = 0")):
         with pytest.raises(ValueError, match=message): call()
+
+
+@pytest.mark.parametrize("name, folder", [("tinystories", "TinyStories"), ("tinystories", "tinystories"), ("tiny_shakespeare", "tiny_shakespeare")])
+def test_local_copies_of_the_standard_corpora(name, folder, tmp_path, monkeypatch):
+    "Rows in the hub's columns below data_dir; the last tenth is held out and never trained on."
+    (tmp_path / folder).mkdir()
+    stories = [f"Story {i}: " + chr(97 + i % 26) * 40 + "\n" for i in range(100)]
+    (tmp_path / folder / "train.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in stories))
+    monkeypatch.setenv("MOE_ROUTING_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("MOE_ROUTING_HUB", "no")
+    text = training_text(name, "char", length=16, windows=4)
+    trained = "".join(text.tokenizer.decode(d) for d in text.train)
+    assert "Story 85" in trained and "Story 95" not in trained and text.windows.shape == (4, 16)
+    with pytest.raises(FileNotFoundError, match="hub = no"): training_text("owner/corpus", length=16)
 
 
 def test_own_text_file(tmp_path):
