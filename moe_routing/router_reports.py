@@ -616,10 +616,12 @@ def seed_verdicts(studies: dict[str, pd.DataFrame | None],   # "routers", "large
     speed, name = (routers, "routers") if timed(routers) and not timed(larger) else (larger, "larger")
     return pd.DataFrame([ranking_verdict(routers), scale_verdict(routers, larger), capacity_verdict(routers), *throughput_verdicts(speed, name), subword_verdict(routers, studies.get("subword"))])
 
-def shown_verdicts(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:
-    "`seed_verdicts` for a page: the first few runs and how many more."
-    few = lambda runs: ", ".join(runs[:most]) + (f" and {len(runs) - most} more" if len(runs) > most else "") or "-"
-    return table.assign(runs=table.runs.map(few))
+def shown_verdicts(table: pd.DataFrame,    # from `seed_verdicts`
+                   most: int = 3,          # run names given; the others are counted
+                  ) -> str:                # Markdown
+    "Each conclusion under its verdict: what was published, what was measured, why, and the runs that show it."
+    few = lambda runs: ", ".join(f"`{r}`" for r in runs[:most]) + (f" and {len(runs) - most} more" if len(runs) > most else "") or "none"
+    return "\n\n".join(f"### {v.claim}: {v.verdict}\n\n- Published: {v.published}.\n- Measured: {v.measured}.\n- {v.why[0].upper()}{v.why[1:]}.\n- Runs: {few(v.runs)}." for v in table.itertuples())
 
 # %% ../nbs/73_router_reports.ipynb #c59755fb
 def finished_runs(plan: Plan) -> pd.DataFrame:
@@ -747,17 +749,20 @@ def routers_report(plan: Plan) -> Path:            # of the Markdown file
     main = main if len(main) else runs
     summary_csv(runs, plan.folder / f"{prefix}_summary.csv", f"papermill_runs/{plan.folder.name}")
     made, studies = draw_figures(main, plan.folder, name, prefix, publish), sibling_runs(plan, runs)
-    judged = seed_verdicts(studies)
-    write_atomic(plan.folder / "verdicts.csv", judged.assign(runs=judged.runs.map(" ".join)).to_csv(index=False, lineterminator="\n"))
+    judged = [] if options.get("reference") else seed_verdicts(studies)         # a study beside the main one is judged there
     sections, answers = [], []
     for label, part in settings_of(both):
         text, ranking = _one_setting(label, part, options.get("margin"))
         sections += text
         if ranking is not None: answers.append(f"**{label[0].upper()}{label[1:]}**: {_answer(ranking)}")
-    answers += [f"**{v.claim}**: {v.verdict}." for v in judged.itertuples()]
+    verdicts = ["Judged with the other studies in the report of `" + str(options.get("reference")) + "`.", ""]
+    if len(judged):
+        write_atomic(plan.folder / "verdicts.csv", judged.assign(runs=judged.runs.map(" ".join)).to_csv(index=False, lineterminator="\n"))
+        answers += [f"Published: {v.claim}. **{v.verdict.capitalize()}**." for v in judged.itertuples()]
+        verdicts = ["Computed from the runs named (all of them in `verdicts.csv`).", "", shown_verdicts(judged), ""]
     text = [f"# Routers trained alike: {plan.study.question}", "", *_what_was_run(plan, runs), "", "## Answers", "", *[f"- {a}" for a in answers], "", *sections, *_balance_and_capacity(runs, both), *_two_corpora(runs, studies),
             "## Figures", "", *[f"![{p.stem.removeprefix(prefix + '_').replace('_', ' ')}]({p.name})" for p in made], "",
-            "## The published conclusions of seed 003", "", "Computed from the runs named (all of them in `verdicts.csv`).", "", markdown_table(shown_verdicts(judged)), "",
+            "## The published conclusions of seed 003", "", *verdicts,
             f"All runs: `{prefix}_summary.csv`, the seed's columns first. {provenance(runs)}.", ""]
     path = plan.folder / f"{plan.study.report or 'routers_report'}.md"
     write_atomic(path, "\n".join(text))
