@@ -16,6 +16,8 @@ from moe_routing.training import (Meter, Recipe, active_share, build_model, eval
                                   unmount)
 
 SMALL = Recipe(hidden=32, heads=2, layers=2, intermediate=16, num_experts=4, length=32, batch=4, steps=6, lr=5e-3)
+def few(name: str) -> dict: return {"router_dim": 2} if name.startswith("spectra") else {}     # SPECTRA's own arithmetic must leave something for its experts
+
 TRAINED = [name for name, row in ROUTERS.items() if row.group in ("trainable", "control", "as shipped")]
 
 
@@ -38,7 +40,7 @@ def weights(done): return done.model.state_dict() | {f"router {i} {k}": v for i,
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("factor", [None, 1.0])
 def test_every_router_trains_and_resumes_to_the_same_bits(name, factor, text, tmp_path):
-    recipe = replace(SMALL, router=name, capacity_factor=factor)
+    recipe = replace(SMALL, router=name, router_params=few(name), capacity_factor=factor)
     whole = run(recipe, text)
     run(recipe, text, tmp_path, stop=4)
     assert [r["step"] for r in map(json.loads, open(tmp_path / "train_log.jsonl"))] == [3]
@@ -52,10 +54,11 @@ def test_every_router_trains_and_resumes_to_the_same_bits(name, factor, text, tm
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_matched_compute(name):
-    recipe = Recipe(router=name, capacity_factor=1.25, layers=1)
+    recipe = Recipe(router=name, router_params=few(name), capacity_factor=1.25, layers=1)
     assert abs(active_share(recipe) - 1) < .02
     wide = active_share(replace(recipe, match="width"))
-    assert (wide > 1.02) == (nominal_k(recipe) > 2.05) and (wide < .98) == (nominal_k(recipe) < 1.95)
+    more = name.startswith("spectra") and name not in ("spectra_no_gru", "spectra_all_removed")          # the state costs most, even at two numbers an expert
+    assert (wide > 1.02) == (more or nominal_k(recipe) > 2.05) and (wide < .98) == (nominal_k(recipe) < 1.95)
 
 
 def test_same_text_and_start_for_all_routers(text):
