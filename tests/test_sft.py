@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from moe_routing.patching import moe_layers
+from moe_routing.core import Router
+from moe_routing.patching import moe_layers, route
 from moe_routing.routers.zoo import make_router
 from moe_routing.runs import run_template
 from moe_routing.settings import load_settings
 from moe_routing.sft import SFTRecipe, chat_loss, chat_renderer, collate, encode_chat, encode_chats, load_chat, make_routers, mounted, sft, trainer_options
-from moe_routing.upcycling import tiny_dense, upcycle
+from moe_routing.upcycling import load_upcycled, tiny_dense, upcycle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 USER, SAID = {"role": "user", "content": "Who moved the lantern?"}, {"role": "assistant", "content": "Ada did, in the evening."}
@@ -142,16 +143,20 @@ def test_routers_that_do_not_fit(router, message, model, tokenizer, chats):
     with pytest.raises(ValueError, match=message): sft(model, tokenizer, router, *chats, steps=1)
 
 
-@pytest.mark.parametrize("name", ["topk_aux", "loss_free", "quantile", "expert_choice", "token_hash", "switch"])
+@pytest.mark.parametrize("name", ["topk_aux", "loss_free", "expert_choice", "token_hash", "spectra"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_routers_of_the_zoo_are_trained(name, shared, model, tokenizer, chats):
-    routers, _ = make_routers(model, name, k=None if name == "switch" else 2)
+    made, made_by = make_routers(model, name, k=2)
+    assert ("num_layers" in made_by) == isinstance(made, Router) == (name == "spectra")
+    routers = [made] if name == "spectra" else made
+    if name == "spectra" and not shared: routers = [make_router(hidden_size=32, num_experts=4, **made_by) for _ in range(2)]
     steered = []
     for r in routers: r.steer = lambda gather, r=r, own=r.steer: (steered.append(r), own(gather))
-    before, at_first = deepcopy(weights(model)), routers[0].weight.detach().clone()
+    before, at_first = deepcopy(weights(model)), {n: p.detach().clone() for n, p in routers[0].named_parameters()}
     done = sft(model, tokenizer, routers[0] if shared else routers, *chats, steps=3, accumulate=2, **{**FAST, "gradient_checkpointing": True, "neftune_noise_alpha": 5.0})
     assert len(steered) == 3 * (1 if shared else 2)                                       # once an optimizer step, once a distinct router
-    assert torch.equal(routers[0].weight, at_first) == (name == "token_hash")
+    assert all(torch.equal(p, at_first[n]) == (name == "token_hash") for n, p in routers[0].named_parameters())
+    if name == "spectra": assert int(routers[0].steps) == 3
     moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert any("experts.down_proj" in n for n in moved) and any("embed_tokens" in n for n in moved) and not any("shared_expert" in n for n in moved)
     assert len(done.log) == 3 and done.after["routing"]["load_cv"] is not None and len(done.after["layers"]) == 2
@@ -183,11 +188,12 @@ def test_the_routers_losses_reach_it(dense, tokenizer, chats):
     assert ends[30.0] < ends[0.0] - .1            # the z loss makes logits small
 
 
-def test_checkpointing_changes_nothing(dense, tokenizer, chats):
+@pytest.mark.parametrize("name, params", [("topk_aux", dict(losses={"aux": 1.0})), ("spectra", dict(num_layers=2, router_dim=8, ortho_loss_coef=1.0, so_warmup_steps=1, router_entropy_coef=.1))])
+def test_checkpointing_changes_nothing(name, params, dense, tokenizer, chats):
     ends = []
     for on in (True, False):
-        model, router = upcycle(deepcopy(dense[0]), 4, 2), make_router("topk_aux", 32, 4, k=2, losses={"aux": 1.0})
-        with torch.no_grad(): router.weight.copy_(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)))
+        torch.manual_seed(0)
+        model, router = upcycle(deepcopy(dense[0]), 4, 2), make_router(name, 32, 4, k=2, **params)
         sft(model, tokenizer, router, *chats, steps=3, **{**FAST, "gradient_checkpointing": on})
         ends.append(weights(model, router))
     same(*ends, rtol=1e-4, atol=1e-6)
@@ -213,7 +219,7 @@ def test_bf16(model, tokenizer, chats):
     assert done.parameters["bf16"] and done.after["loss"] > 0 and model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["loss_free", "random"])
+@pytest.mark.parametrize("name", ["spectra", "random"])
 def test_a_killed_run_goes_on(name, dense, tokenizer, chats, tmp_path):
     class Killed(Exception): pass
     class Kill(TrainerCallback):
@@ -223,13 +229,14 @@ def test_a_killed_run_goes_on(name, dense, tokenizer, chats, tmp_path):
     for kill in (False, True):
         model = upcycle(deepcopy(dense[0]), 4, 2)
         routers, _ = make_routers(model, name, k=2)
+        listed = lambda r: [r] if isinstance(r, Router) else r
         options = dict(steps=6, save_every=2, eval_every=2, folder=tmp_path / str(kill), **{**FAST, "neftune_noise_alpha": 5.0})
         if kill:
             with pytest.raises(Killed): sft(model, tokenizer, routers, *chats, callbacks=(Kill(),), **options)
             model = upcycle(deepcopy(dense[0]), 4, 2)
             routers, _ = make_routers(model, name, k=2)
         done = sft(model, tokenizer, routers, *chats, **options)
-        ends.append((weights(model, *routers), done.after["loss"], len(done.log)))
+        ends.append((weights(model, *listed(routers)), done.after["loss"], len(done.log)))
     same(ends[0][0], ends[1][0], rtol=0, atol=0)
     assert ends[0][1:] == ends[1][1:]
 
@@ -258,11 +265,21 @@ def test_deepspeed_configuration_is_handed_on(tmp_path, monkeypatch):
     assert trainer_options(SFTRecipe(deepspeed=str(path)), tmp_path)["deepspeed"] == str(path)
 
 
-@pytest.mark.parametrize("router", ["topk_aux", "none"])
-def test_template(router, tmp_path):
-    record = run_template("sft_spectra", dict(router=router, dense_steps=2, max_samples=12, held_samples=4, steps=2, eval_every=1, keep_model=True), tmp_path / "run")
+def test_template(tmp_path):
+    record = run_template("sft_spectra", dict(dense_steps=2, max_samples=12, held_samples=4, steps=2, eval_every=1, keep_model=True), tmp_path / "run")
     m = record["metrics"]
     assert record["status"] == "finished" and abs(m["loss_upcycled"] - m["loss_dense"]) < 1e-4 and m["loss_sft"] != m["loss_upcycled"]
     lines = (tmp_path / "run" / "routing_log.jsonl").read_text().splitlines()
-    assert len(lines) == (3 * 2 if router != "none" else 0) and (tmp_path / "run" / "model" / "upcycled.json").is_file() == (router != "none")
+    assert len(lines) == 3 * 2
     assert len(record["documents"]["nll"]) == len(record["documents"]["domain"]) > 0
+    model, _, router = load_upcycled(tmp_path / "run" / "model")
+    with torch.no_grad(), route(model, router): assert model(input_ids=torch.ones(1, 5, dtype=torch.long)).logits.isfinite().all()
+    assert int(router.steps) == 2
+
+
+def test_dense_control(dense, tokenizer, chats):
+    before = weights(plain := deepcopy(dense[0]))
+    before = {n: t.clone() for n, t in before.items()}
+    done = sft(plain, tokenizer, None, *chats, steps=2, **{**FAST, "gradient_checkpointing": True})
+    assert done.after["routing"] == {} and done.after["layers"] == [] and any(not torch.equal(t, before[n]) for n, t in plain.state_dict().items())
+    assert set(done.parameters["learning_rates"]) == {"others", "others, not decayed"}
