@@ -155,7 +155,7 @@ def test_routers_of_the_zoo_are_trained(name, shared, model, tokenizer, chats):
     before, at_first = deepcopy(weights(model)), {n: p.detach().clone() for n, p in routers[0].named_parameters()}
     done = sft(model, tokenizer, routers[0] if shared else routers, *chats, steps=3, accumulate=2, **{**FAST, "gradient_checkpointing": True, "neftune_noise_alpha": 5.0})
     assert len(steered) == 3 * (1 if shared else 2)                                       # once an optimizer step, once a distinct router
-    assert all(torch.equal(p, at_first[n]) == (name == "token_hash") for n, p in routers[0].named_parameters())
+    assert any(not torch.equal(p, at_first[n]) for n, p in routers[0].named_parameters()) == (name != "token_hash")
     if name == "spectra": assert int(routers[0].steps) == 3
     moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert any("experts.down_proj" in n for n in moved) and any("embed_tokens" in n for n in moved) and not any("shared_expert" in n for n in moved)
