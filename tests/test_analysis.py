@@ -233,7 +233,8 @@ def test_aligned_layers():
 
 # gradients
 
-@pytest.mark.parametrize("router, changes", [("softk", {}), ("loss_free", {"accumulate": 2}), ("token_hash", {}), ("topk_aux", {"clip": .01})])
+@pytest.mark.parametrize("router, changes", [("softk", {}), ("loss_free", {"accumulate": 2}), ("token_hash", {}), ("topk_aux", {"clip": .01}),
+                                             ("spectra", {"match": "width", "router_params": {"router_dim": 4}})])
 def test_watching_leaves_training_as_it_is(router, changes, one_thread):
     plain, watched = started(router, **changes), started(router, **changes)
     losses = [plain(i)[0] for i in range(6)]
