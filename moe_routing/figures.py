@@ -21,7 +21,9 @@ ROUTER_STYLE = {"topk": ("black", "o"), "bh": ("blue", "s"), "by": ("sky", "D"),
                 "softk": ("black", "^"), "summed_topk": ("black", "v"), "expert_choice": ("vermilion", "*"), "expert_threshold": ("vermilion", "h"),
                 "sinkhorn": ("green", "<"), "sbase": ("green", ">"), "loss_free": ("orange", "X"), "quantile": ("orange", "d"),
                 "top1_as_shipped": ("purple", "o"), "topk_hard_as_shipped": ("purple", "p"),    # the marker of the trained form
-                "expert_choice_as_shipped": ("purple", "*")}                                    # router -> colour name, marker
+                "expert_choice_as_shipped": ("purple", "*"),
+                "spectra": ("vermilion", "P"), "spectra_no_expression": ("yellow", "s"), "spectra_no_gru": ("yellow", "^"), "spectra_no_repulsion": ("yellow", "D"), "spectra_no_quota": ("yellow", "v"),
+                "spectra_no_ortho": ("yellow", "p"), "spectra_all_removed": ("yellow", "*"), "spectra_as_shipped": ("purple", "P")}     # router -> colour name, marker
 
 # %% ../nbs/02_figures.ipynb #c7c61d66
 def router_style(router: str,        # a name of the zoo
