@@ -219,6 +219,7 @@ def keyed_generator(seed: int,              # of the run
 # %% ../nbs/00_core.ipynb #cb42fa3a
 class Router(nn.Module):
     "A linear scorer followed by a rule."
+    depth_shared = False               # one object for all layers of a model, or one a layer
     def __init__(self,
                  rule: Rule,                     # everything after scoring, in training
                  hidden_size: int,               # H
@@ -230,7 +231,7 @@ class Router(nn.Module):
         super().__init__()
         in_range(hidden_size, 1, float("inf"), "hidden_size")
         in_range(num_experts, 1, float("inf"), "num_experts")
-        self.rule, self.eval_rule, self.k, self.losses, self.as_trained = rule, eval_rule, k, dict(losses or {}), False
+        self.rule, self.eval_rule, self.k, self.losses, self.as_trained, self.num_experts = rule, eval_rule, k, dict(losses or {}), False, num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         nn.init.normal_(self.weight, std=hidden_size ** -.5)
     def score(self, hidden: Tensor, context: Context, state) -> tuple[Tensor, object]:
@@ -254,6 +255,13 @@ class Router(nn.Module):
         "Change what balances the load, once after an optimizer step. Nothing to do for a router without such a state."
     def forget(self) -> None:
         "Drop what was gathered since the last `steer`: the step is done again."
+    def permute_(self, order: Tensor) -> None:   # (E,) int64
+        "Put the experts into another order, in weights and state."
+        for t in (*self.parameters(), *self.buffers()):
+            if t.ndim and t.shape[0] == self.num_experts: t.data.copy_(t.data[order])
+    def flops(self) -> float:
+        "Matrix FLOPs of one token's logits."
+        return 2.0 * self.weight.numel()
     def extra_repr(self) -> str:
         "The rules and losses, for printing."
         later = "" if self.eval_rule is None else f", evaluated with {self.eval_rule.describe()}"

@@ -87,8 +87,9 @@ def router_losses(routing: Routing,
                   valid: Tensor | None = None,            # (T,) bool, False for padding
                   gather: Callable[[Tensor], Tensor] = alone,
                  ) -> dict[str, Tensor]:                  # name -> coefficient times loss
-    "The auxiliary losses of one layer, each times its coefficient; add them to the training loss."
-    return {name: c * LOSSES[known(name, LOSSES, "auxiliary loss")](routing, valid, gather) for name, c in losses.items()}
+    "The auxiliary losses of one layer, each times its coefficient; add them to the training loss. A router's own losses are among its extras."
+    own = routing.extras.get("losses", {})
+    return {name: c * (own[name] if name in own else LOSSES[known(name, LOSSES, "auxiliary loss")](routing, valid, gather)) for name, c in losses.items()}
 
 # %% ../../nbs/17_routers.balance.ipynb #cd2bd2e3
 def gather_rows(rows: Tensor,                          # (N, E) float of this process; N may differ between processes

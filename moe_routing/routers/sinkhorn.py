@@ -22,14 +22,14 @@ def log_sinkhorn(scores: Tensor,            # (T, E), higher is better; minus in
                  iterations: int = 20,      # pairs of row and column steps
                  valid: Tensor | None = None,   # (T,) bool, rows that count; the others get nothing
                  tolerance: float = 0.0,    # stop earlier once no column is further than this from its target; 0: never
-                ) -> Tensor:                # (T, E) float32, logarithm of the plan, rows not yet normalised
-    "Sinkhorn's algorithm in logarithms: balanced columns, then rows; no gradient."
+                ) -> Tensor:                # (T, E), logarithm of the plan, rows not yet normalised
+    "Sinkhorn's algorithm in logarithms, rows and columns in turn; float64 scores stay so."
     in_range(epsilon, 0, float("inf"), "epsilon of Sinkhorn", open_low=True, open_high=True)
     in_range(whole(iterations, "iterations"), 1, float("inf"), "iterations of Sinkhorn")
-    M = scores.detach().float() / epsilon
+    M = (scores if scores.dtype == torch.float64 else scores.float()) / epsilon
     if valid is not None: M = M.masked_fill(~valid[:, None], float("-inf"))
     if not M.numel(): return M
-    top = M.amax(-1, keepdim=True)
+    top = M.detach().amax(-1, keepdim=True)
     M = M - top.masked_fill(top == float("-inf"), 0)
     rows, columns = (top > float("-inf")), (M > float("-inf")).any(0)
     target = (rows.sum() / columns.sum().clamp_min(1)).log()      # of each column that can be used at all
@@ -45,7 +45,7 @@ def log_sinkhorn(scores: Tensor,            # (T, E), higher is better; minus in
 def sinkhorn(scores: Tensor, epsilon: float = .1, iterations: int = 20, valid: Tensor | None = None, tolerance: float = 0.0,   # as `log_sinkhorn`
             ) -> tuple[Tensor, Tensor]:   # plan (T, E) float32 whose rows sum to 1 (0 where invalid), max_vio ()
     "The plan, and the largest absolute deviation of a row sum from 1 or of a column sum from N / E."
-    P = log_sinkhorn(scores, epsilon, iterations, valid, tolerance).exp()
+    P = log_sinkhorn(scores.detach(), epsilon, iterations, valid, tolerance).exp()
     if not P.numel(): return P, P.new_zeros(())
     P = P / (P.sum(-1, keepdim=True) + 1e-8)
     rows = (scores > float("-inf")).any(-1) if valid is None else valid & (scores > float("-inf")).any(-1)
@@ -126,15 +126,17 @@ def quota_assign(scores: Tensor,              # (T, E), higher is better; minus 
                  k: int,                      # experts wanted by each token
                  capacity: int,               # most tokens of an expert
                  valid: Tensor | None = None, # (T,) bool; other rows get no expert
+                 fill: bool = True,           # exchange places so that nobody is short where E capacity >= T k and no expert is excluded
                 ) -> Tensor:                  # (T, k) int64, largest score first; an unused slot holds E
-    "Assign k experts to each token so that no expert has more than `capacity` tokens, by deferred acceptance and exchanges. Nobody is short when E capacity >= T k and no expert is excluded."
+    "Assign k experts to each token so that no expert has more than `capacity` tokens, by deferred acceptance."
     in_range(whole(k, "k"), 1, scores.shape[1], "k of the quota assignment among this gate's experts")
     in_range(whole(capacity, "capacity"), 1, float("inf"), "capacity of the quota assignment")
     scores = scores.detach().float()
     if scores.isnan().any(): raise ValueError("scores of the quota assignment hold NaN: minus infinity is what excludes an expert")
     if valid is not None: scores = scores.masked_fill(~valid[:, None], float("-inf"))
     if not len(scores): return torch.empty(0, k, dtype=torch.int64, device=scores.device)
-    want = _fill(_accept(scores, k, capacity), scores, k, capacity)
+    want = _accept(scores, k, capacity)
+    if fill: want = _fill(want, scores, k, capacity)
     return chosen(rank_keys(scores.masked_fill(~want, float("-inf"))), k)
 
 # %% ../../nbs/16_routers.sinkhorn.ipynb #cfea97f2-2

@@ -25,6 +25,7 @@ from .expert_choice import ExpertChoice, ExpertChoiceAsShipped, ExpertThreshold
 from .pvalue import BH, BY, HC, fit_null
 from .sinkhorn import SBase, Sinkhorn
 from .soft import SoftK, SummedTopK, Top1AsShipped, TopKHardAsShipped
+from .spectra import ABLATIONS, Quota, SpectraRouter
 from .topk import TopK, whole
 
 # %% ../../nbs/19_routers.zoo.ipynb #cb88e019
@@ -48,6 +49,7 @@ class Row:
     training: dict = field(default_factory=dict)   # more of them, where a gate is trained with it (make_router)
     example: dict = field(default_factory=dict)    # parameters for a demonstration, without null
     router: type[Router] = Router         # scorer and steering
+    scorer: dict = field(default_factory=dict)     # parameters of `router` that make it this one
     losses: dict[str, float] = field(default_factory=dict)   # names in balance.LOSSES -> coefficient
     evaluate: Callable[[Rule], Rule] | None = None # training rule -> evaluation rule; None: the same, or what the router class says
     capacity: str = "limit"               # a capacity factor: "limit" refuses tokens, "budget" is the rule's own, "both", or "never"
@@ -71,6 +73,17 @@ def _by_topk(rule: Rule) -> Rule:
 
 _RENORM, _EVEN, _TWO = {"weigh": "renorm"}, {"weigh": "uniform"}, {"k": 2}
 _IDS = "permuting experts permutes the answer"                     # the contract that fixed ids cannot keep
+
+def _no_quota(rule: Rule) -> Rule:
+    "The same selection without its quota, which looks at the whole batch."
+    return replace(rule, expert_choice_routing=False)
+
+def _spectra(ablation: str, summary: str, group: str = "trainable", losses: dict | None = None) -> Row:
+    "A row of SPECTRA or of one of its ablations: the parameters of the rule and of the scorer kept apart."
+    own = [f.name for f in fields(Quota)]
+    of_rule, scorer = ({n: v for n, v in ABLATIONS[ablation].items() if (n in own) == inside} for inside in (True, False))
+    return Row("spectra" + ("" if ablation == "full" else f"_{ablation}"), Quota, summary, "batch", group, "seed 001 (SPECTRA)", defaults={**_RENORM, **of_rule}, example=_TWO, router=SpectraRouter, scorer=scorer,
+               losses=losses or {}, evaluate=_no_quota)
 
 ROUTERS: dict[str, Row] = {row.name: row for row in (
     Row("switch", TopK, "the strongest expert, weighed with its probability", "token", paper="Fedus et al. 2021, arXiv 2101.03961", defaults={"k": 1}, losses={"aux": .01}),
@@ -99,6 +112,14 @@ ROUTERS: dict[str, Row] = {row.name: row for row in (
     Row("bh", BH, "as many experts as Benjamini-Hochberg rejects", "token", "adaptive", adaptive=True, needs_null=True, example={"alpha": .3, "max_k": 4}),
     Row("by", BY, "as many experts as Benjamini-Yekutieli rejects", "token", "adaptive", adaptive=True, needs_null=True, example={"alpha": .5, "max_k": 4}),
     Row("hc", HC, "as many experts as the peak of Higher Criticism", "token", "adaptive", adaptive=True, needs_null=True, example={"beta": .5, "max_k": 4}),
+    _spectra("full", "a depth-shared router: cosine, repulsion, Sinkhorn and a quota"),
+    _spectra("no_expression", "SPECTRA with constant expert vectors"),
+    _spectra("no_gru", "SPECTRA without the state through depth"),
+    _spectra("no_repulsion", "SPECTRA whose experts do not repel each other"),
+    _spectra("no_quota", "SPECTRA with plain top-k of the plan"),
+    _spectra("no_ortho", "SPECTRA without the orthogonality loss"),
+    _spectra("all_removed", "a shared cosine gate with top-k and a balancing loss", losses={"aux": .01}),
+    _spectra("as_shipped", "SPECTRA as its code was: the least similar experts, a quota that leaks", "as shipped"),
     Row("uniform", Uniform, "the k strongest experts with equal weights", "token", "control", trainable=False, example=_TWO),
 )}
 
@@ -165,7 +186,7 @@ def make_router(name: "str | Row",                       # a name in ROUTERS, "m
         raise ValueError(f"{row.name} at k = 1 would never train its gate: one expert with {rule.weigh} weights always weighs 1; choose weigh='native', a larger k, or the router 'switch'")
     rule, later = _rules(row, rule, capacity_factor, refuse, renorm)
     return row.router(rule, hidden_size, num_experts, k, eval_rule=later, losses=row.losses if losses is None else losses,
-                      **{n: v for n, v in params.items() if n not in row.parameters})
+                      **{**row.scorer, **{n: v for n, v in params.items() if n not in row.parameters}})
 
 # %% ../../nbs/19_routers.zoo.ipynb #c69f37ce
 _H, _E = 16, 8        # of the routers that are examined; H and E differ, so that a tensor's first axis tells whether it belongs to experts
@@ -231,10 +252,7 @@ def same_seed_same_answer(row: Row) -> str:
 def permutes(row: Row) -> str:
     "Renaming the experts, in weights and state, renames the decision and changes nothing else."
     order = torch.randperm(_E, generator=torch.Generator().manual_seed(2))
-    def rename(router):
-        for t in (*router.parameters(), *router.buffers()):
-            if t.ndim and t.shape[0] == _E: t.data.copy_(t.data[order])
-    for a, b in zip(_decisions(row, _hidden()), _decisions(row, _hidden(), rename)):
+    for a, b in zip(_decisions(row, _hidden()), _decisions(row, _hidden(), lambda router: router.permute_(order))):
         if not torch.allclose(b.dense(), a.dense()[:, order], atol=1e-5): return f"{int((b.mask != a.mask[:, order]).any(-1).sum())} of 64 tokens go elsewhere"
     return ""
 
@@ -249,9 +267,7 @@ def gradient_as_said(row: Row) -> str:
 
 def ties_deterministic(row: Row) -> str:
     "Equal experts and equal tokens: the same answer again, and from a copy laid out otherwise in memory."
-    def equal(router):
-        for t in (*router.parameters(), *router.buffers()):
-            if t.ndim and t.shape[0] == _E: t.data.copy_(t.data[:1].expand_as(t.data))
+    equal = lambda router: router.permute_(torch.zeros(_E, dtype=torch.int64))        # every expert a copy of the first
     flat = _hidden()[:4].repeat(16, 1)
     first, again, strided = (_decisions(row, h, equal) for h in (flat, flat, flat.t().contiguous().t()))
     return "" if all(map(_same, first, again)) and all(map(_same, first, strided)) else "decisions differ"
