@@ -60,13 +60,22 @@ def by_hand(block, second, k_floor, k_ceiling, native_k):
             "max_violation_per_layer": [vios(n) for n in loads], "unused_experts": np.mean([sum(x == 0 for x in n) for n in loads]),
             "expert_utilization": sum(x > 0 for x in pooled) / E, "expert_utilization_per_layer": [sum(x > 0 for x in n) / E for n in loads],
             "expert_utilization_mean": np.mean([sum(x > 0 for x in n) / E for n in loads])}
+    out["load_gini_per_layer"], out["served_cv_per_layer"] = [ginis(n) for n in loads], out["load_cv_per_layer"]
+    out["unused_expert_rate_per_layer"] = [sum(x == 0 for x in n) / E for n in loads]
     if E > 1:
-        out["load_entropy"] = mean([reference.entropy(n) / log(E) if sum(n) else None for n in loads])
-        out["load_cv_sample"] = mean([np.std(n, ddof=1) / np.mean(n) if sum(n) else None for n in loads])
+        out["load_entropy_per_layer"] = [reference.entropy(n) / log(E) if sum(n) else None for n in loads]
+        out["load_cv_sample_per_layer"] = [np.std(n, ddof=1) / np.mean(n) if sum(n) else None for n in loads]
+        out |= {n: mean(out[f"{n}_per_layer"]) for n in ("load_entropy", "load_cv_sample")}
+    ws = [[[x for x, e in zip(w, row) if e < E] for w, row in zip(r.weights.double().tolist(), r.experts.tolist())] for r in block]
+    out["confidence_per_layer"] = [np.mean([max(w) / sum(w) for w in layer if w]) for layer in ws]
+    some = [[reference.entropy(w) / log(len(w)) for w in layer if len(w) > 1] for layer in ws]
+    out["confidence_seed_per_layer"] = [np.mean(x) if x else None for x in some]
+    out |= {n: mean(out[f"{n}_per_layer"]) for n in ("served_cv", "unused_expert_rate", "confidence", "confidence_seed")}
     overlap = lambda x, y: np.mean([len(a & b) / len(a | b) if a | b else 1. for a, b in zip(sum(x, []), sum(y, []))])
     own = [[set(np.argsort(-row)[:native_k]) for row in r.logits.numpy()] for r in block]
     out |= {"expert_overlap_score": overlap(chosen, again), "overlap_with_own_run": overlap(chosen, again), "overlap_with_own_choice": overlap(chosen, own)}
     probs = [torch.softmax(r.logits.double(), -1).numpy() for r in block]
+    out["routing_entropy_per_layer"] = [reference.entropy(p, axis=1).mean() for p in probs]
     out |= {"routing_entropy": np.mean([reference.entropy(p, axis=1) for p in probs]), "top1_probability": np.mean([p.max(1) for p in probs]),
             "used_mass": np.mean([p[list(s)].sum() for layer, ps in zip(chosen, probs) for s, p in zip(layer, ps)])}
     sums = [float(w.sum()) for r in block for w in r.weights.double()]
@@ -88,7 +97,7 @@ def test_summary_equals_plain_loops(T, E, K, L, least):
         assert len(values) == len(wanted), name
         for a, b in zip(values, wanted): assert (a is None) == (b is None) and (a is None or np.isclose(a, b, rtol=1e-5, atol=1e-6)), (name, a, b)
     nobody_checked = {n for n, v in got.items() if v is not None} - set(want)
-    assert all(METRICS[n].category == "noise" or n in ("flops_reduction_pct_seed", "load_entropy") for n in nobody_checked), nobody_checked
+    assert all(METRICS[n].category == "noise" or n in ("flops_reduction_pct_seed", "load_entropy", "load_entropy_per_layer") for n in nobody_checked), nobody_checked
 
 
 def test_ranges_hold_and_extremes_lie_inside_them():
@@ -129,7 +138,7 @@ def test_precision_gradients_and_missing_logits():
     nan = torch.full((1, 1), float("nan")).expand(40, 16)
     blind = [Routing(nan, r.experts, r.weights) for r in block]
     gone = {k for k, v in summarise(blind, native_k=2).items() if v is None and a[k] is not None}
-    assert gone == {"routing_entropy", "top1_probability", "used_mass", "overlap_with_own_choice"}
+    assert gone == {"routing_entropy", "routing_entropy_per_layer", "top1_probability", "used_mass", "overlap_with_own_choice"}
     assert summarise([block, blind], native_k=2)["routing_entropy"] is None is summarise([blind, block], native_k=2)["routing_entropy"]
     broken = block[0].logits.clone()
     broken[3, 1] = float("nan")
