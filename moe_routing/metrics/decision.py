@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['count_sums', 'histogram', 'mean_count', 'std_count', 'extreme_counts', 'adaptive_range', 'selection_entropy',
-           'limits', 'selection_entropy_normalized', 'limit_rates', 'weight_sums', 'moments', 'has_logits', 'gate_sums']
+           'limits', 'selection_entropy_normalized', 'limit_rates', 'weight_sums', 'moments', 'confidence_sums',
+           'confidence', 'confidence_even', 'confidence_seed', 'has_logits', 'gate_sums']
 
 # %% ../../nbs/31_metrics.decision.ipynb #cbcab709
 import numpy as np
@@ -93,6 +94,33 @@ def moments(sums: np.ndarray,           # (..., 2) sum and sum of squares
     "Mean and standard deviation from a sum and a sum of squares."
     mean = sums[..., 0] / n
     return mean, np.sqrt(np.maximum(sums[..., 1] / n - mean ** 2, 0))
+
+# %% ../../nbs/31_metrics.decision.ipynb #c4a376e5
+def confidence_sums(block: list[Routing],   # L records of the same T tokens
+                   ) -> np.ndarray:         # (L, 5) float64 sums: largest share, 1 / count, tokens with experts; entropy / ln(count), tokens with two or more
+    "How far one expert leads among the selected ones. Additive over blocks."
+    def one(r):
+        counts, total = r.counts, r.weights.detach().double().sum(-1, keepdim=True)
+        even = r.used / counts.clamp(min=1).unsqueeze(1)
+        share = torch.where(total > 0, r.weights.detach().double() / total.where(total > 0, 1), even.double())
+        entropy, some, several = -torch.xlogy(share, share).sum(-1), counts > 0, counts > 1
+        return torch.stack([(share.amax(-1) * some).sum() if r.experts.shape[1] else total.sum(), even.amax(-1).double().sum() if r.experts.shape[1] else total.sum(),
+                            some.sum().double(), (entropy / counts.clamp(min=2).log())[several].sum(), several.sum().double()])
+    return torch.stack([one(r) for r in block]).cpu().numpy()
+
+def _per(sums, n): return np.divide(sums, n, out=np.full(np.shape(sums), np.nan), where=np.asarray(n) > 0)
+
+def confidence(sums: np.ndarray) -> np.ndarray:         # (..., 5) from `confidence_sums` -> (...)
+    "Mean of the largest selected weight as a share of the token's weights; NaN where no token has an expert."
+    return _per(sums[..., 0], sums[..., 2])
+
+def confidence_even(sums: np.ndarray) -> np.ndarray:    # (..., 5) -> (...)
+    "The confidence of equal weights, for the same numbers of experts."
+    return _per(sums[..., 1], sums[..., 2])
+
+def confidence_seed(sums: np.ndarray) -> np.ndarray:    # (..., 5) -> (...)
+    "Entropy of the selected weights over ln of their number (seed 001): high where the router is unsure; NaN where no token has two experts."
+    return _per(sums[..., 3], sums[..., 4])
 
 # %% ../../nbs/31_metrics.decision.ipynb #c3aa4efd
 def has_logits(block: list[Routing]) -> bool:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOAD_METRICS', 'blocks', 'load_sums', 'cv', 'cv_sample', 'max_violation', 'gini', 'normalised_entropy',
-           'unused_experts', 'utilization', 'random_loads', 'counts_of', 'noise_floor']
+           'unused_experts', 'utilization', 'unused_rate', 'random_loads', 'counts_of', 'noise_floor']
 
 # %% ../../nbs/30_metrics.load.ipynb #c7ac9ff6
 from collections.abc import Callable, Iterable, Iterator
@@ -88,6 +88,10 @@ def utilization(load) -> np.ndarray:       # (..., E) -> (...)
     "Share of experts with at least one token."
     return (_loads(load) > 0).mean(-1)
 
+def unused_rate(load) -> np.ndarray:       # (..., E) -> (...)
+    "Share of experts without a token (seed 001)."
+    return 1 - utilization(load)
+
 # %% ../../nbs/30_metrics.load.ipynb #ca1997a3
 def random_loads(counts: np.ndarray,           # (E+1,) number of tokens that use 0, 1, .. E experts
                  draws: int = 100,             # simulated routers
@@ -107,7 +111,8 @@ def random_loads(counts: np.ndarray,           # (E+1,) number of tokens that us
 
 # %% ../../nbs/30_metrics.load.ipynb #c4e75f1e
 LOAD_METRICS: dict[str, Callable] = {"load_cv": cv, "load_cv_sample": cv_sample, "max_violation": max_violation, "load_gini": gini,
-                                     "load_entropy": normalised_entropy, "unused_experts": unused_experts, "expert_utilization": utilization}
+                                     "load_entropy": normalised_entropy, "unused_experts": unused_experts, "expert_utilization": utilization,
+                                     "unused_expert_rate": unused_rate}
 
 def counts_of(tokens: int,                 # T
               num_experts: int,            # E

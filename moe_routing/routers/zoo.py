@@ -368,6 +368,6 @@ def zoo_table(draws: int = 6,     # batches for the three verdicts
         evaluated, trained = invariances(row, draws=draws), invariances(row, training=True, draws=draws)
         says = {w: yes[evaluated[w]] + (f" (training: {yes[trained[w]]})" if trained[w] != evaluated[w] else "") for w in evaluated}
         rows.append({"router": row.name, "group": row.group, "chooses": row.chooses, "k": "adaptive" if row.adaptive else row.defaults.get("k") or row.fixed_k or ("E" if row.rule is Dense else "k"), "trainable": yes[row.trainable], "causal": says["causal"],
-                     "batch-invariant": says["batch"], "padding-invariant": says["padding"], "losses": " ".join(f"{n} {c:g}" for n, c in row.losses.items()), "steered": yes[row.router is not Router],
+                     "batch-invariant": says["batch"], "padding-invariant": says["padding"], "losses": " ".join(f"{n} {c:g}" for n, c in example_router(row).losses.items()), "steered": yes[row.router is not Router],
                      "needs": ", ".join((*row.needs, *("null",) * row.needs_null)), "paper": row.paper, "exempt": "; ".join(row.exempt.values())})
     return pd.DataFrame(rows).set_index("router")
