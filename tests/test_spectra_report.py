@@ -163,6 +163,16 @@ def test_seeds_needed_is_what_decides():
     assert report.seeds_needed(.01, 0) is None and report.seeds_needed(.01, 0, .01) < report.seeds_needed(.01, .005, .01)
 
 
+def test_the_number_of_seeds_is_that_after_which_the_rule_speaks():
+    part = lambda advantage, needed, verdict="undecided": {"comparison": "x", "advantage": advantage, "low": -1., "high": 1., "margin": .01, "verdict": verdict, "needed": needed}
+    judge = lambda rows, most=False: report._judged("s", "t", pd.DataFrame(rows), ["r"], "", most)
+    assert judge([part(.05, 7), part(.02, 30)]).needed == 30                      # all must be shown
+    assert judge([part(.05, 7), part(-.02, 12), part(.02, 90)]).needed == 12      # one that speaks against it decides alone
+    assert judge([part(.05, 7), part(.001, None)]).needed is None
+    assert judge([part(.05, 7), part(.05, 9), part(.05, None, "better"), part(.001, 500)], most=True).needed == 9
+    assert judge([part(.05, None, "better")]).needed is None and judge([part(-.05, None, "worse"), part(.01, 8)]).verdict == "refuted"
+
+
 def test_differences_are_those_of_the_losses(study):
     rows = [{"router": r, "loss": l} for r, l in (("spectra", 2.3), ("switch", 2.36), ("spectra_no_gru", 2.3))]
     runs = study(rows, spread=.002)[1]
@@ -232,6 +242,15 @@ def test_a_sweep_of_one_seed_still_says_its_numbers(study):
     assert found.verdict == "reached" and "One seed" in found.text and report.draw_sweep(runs)[1].seeds.eq(1).all()
 
 
+def test_a_form_that_cannot_generate_is_kept_apart(study):
+    rows = [{"router": "spectra", "group": "search", "router_params": p, "loss": 2.3, "cv": c} for p, c in (({}, .3), ({"bias_rate": .01}, .2), ({"sinkhorn_inference": True}, .02))]
+    plan, runs = study(rows, "spectra_search", seeds=3, spread=.001)
+    can, all_ = report.balance_text(runs).split("\n\n")
+    assert "missed" in can and "bias_rate 0.01" in can and "reached" in all_ and "sinkhorn_inference True" in all_
+    assert "## The search for balance" in report.spectra_report(plan).read_text()
+    assert "cannot generate" in report.balance_text(runs[runs.settings.map(report.reads_batch)])
+
+
 def test_the_cost_is_paired_with_the_point_of_lowest_loss(study):
     plan, runs = sweep(study, (.3, .2, .1, .3), (2.30, 2.32, 2.35, 2.31), seeds=4, spread=.003)
     table = report.sweep_table(runs)
@@ -274,7 +293,7 @@ def test_a_study_beside_it_is_read(study):
     report.made_up_spectra(plan.folder.parent / "spectra_scaling", scaling, seeds=3, spread=.002)
     sweeps = report.made_up_spectra(plan.folder.parent / "spectra_sweeps", [{"router": "spectra", "group": "sweep_d", "router_params": {"router_entropy_coef": c}, "loss": 2.3, "cv": .05} for c in (0., .1)], seeds=2)
     page = report.spectra_report(plan).read_text()
-    assert "more pronounced in larger models: supported" in page and "Sweeps A to D" in page
+    assert "more pronounced in larger models: supported" in page and "Sweeps A to D" in page and "One seed" not in page
     assert "## Sweep d" in report.spectra_report(sweeps).read_text()
 
 
