@@ -283,7 +283,7 @@ def shown_sweep(table: pd.DataFrame) -> pd.DataFrame:      # from `sweep_table`
 
 # %% ../nbs/75_spectra_report.ipynb #c1fd468b
 def draw_sweep(runs: pd.DataFrame, title: str = ""):    # of one group
-    "Loss and CV above the floor against the parameter with most values, a line for each combination of the others; (figure, table) or None when nothing is swept."
+    "Loss and CV above the floor (dashed: the target) against the parameter with most values, a line for each combination of the others; (figure, table) or None when nothing is swept."
     import matplotlib.pyplot as plt
     table, names = sweep_table(runs), sweep_points(runs)[1]
     if not names: return None
@@ -291,17 +291,17 @@ def draw_sweep(runs: pd.DataFrame, title: str = ""):    # of one group
     x = max(numbers or names, key=lambda n: table[n].map(repr).nunique())
     rest, place = [n for n in names if n != x], {v: i for i, v in enumerate(dict.fromkeys(map(repr, table[x])))}
     at = lambda part: pd.to_numeric(part[x]) if x in numbers else part[x].map(repr).map(place)
-    fig, axes = plt.subplots(1, 2, figsize=(6.8, 2.5))
-    key = table[rest].apply(lambda r: ", ".join(f"{c.split('_')[-1]} {r[c]}" for c in rest), axis=1) if rest else pd.Series(x, index=table.index)
+    fig, axes = plt.subplots(1, 2, figsize=(6.8, 2.8 if rest else 2.4))
+    key = table[rest].apply(lambda r: ", ".join(f"{c.removesuffix('_enabled').replace('sinkhorn', '').strip('_').split('_')[-1]} {r[c]}" for c in rest), axis=1) if rest else pd.Series(x, index=table.index)
     for i, (label, part) in enumerate(table.groupby(key, sort=False)):
         part = part.assign(_x=at(part)).sort_values("_x")
         for ax, y in zip(axes, ("val_loss", "excess_cv")): ax.plot(part._x, part[y], marker="os^Dvp<>"[i % 8], color=list(PALETTE.values())[i % 8], lw=.9, label=label)
     axes[1].axhline(TARGET, color=PALETTE["black"], lw=.7, ls="--"), axes[1].axhline(0, color=PALETTE["grey"], lw=.7, ls=":")
-    axes[0].set(title=f"{title} held-out loss".strip().capitalize(), xlabel=x, ylabel="nats a token"), axes[1].set(title=f"Demand CV above its floor (dashed: {TARGET:g})", xlabel=x)
+    axes[0].set(title=f"{title} held-out loss".strip().capitalize(), xlabel=x, ylabel="nats a token"), axes[1].set(title="Demand CV above its floor", xlabel=x)
     for ax in axes:
         if x in numbers and table[x].min() > 0 and table[x].max() > 8 * table[x].min(): ax.set_xscale("log")
         if x not in numbers: ax.set_xticks(range(len(place)), list(place))
-    if rest: fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=6)
+    if rest: fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=6)
     return fig, table
 
 # %% ../nbs/75_spectra_report.ipynb #c93d7533
