@@ -7,9 +7,10 @@ __all__ = ['SHARES', 'FULL', 'ABLATIONS', 'BASELINES', 'MEASURES', 'DOMAINS_MADE
            'LOSS_MARGIN', 'SHARE_MARGIN', 'SWITCH', 'SPECIALISED', 'PROSE', 'HYPOTHESES', 'with_settings', 'study_runs',
            'routing_log', 'made_up_spectra', 'in_setting', 'at_share', 'ablation_table', 'shown_ablations',
            'difference_over_time', 'draw_trends', 'draw_layers', 'sweep_points', 'sweep_table', 'shown_sweep',
-           'draw_sweep', 'Search', 'cv_search', 'seeds_needed', 'Pair', 'claims', 'Verdict', 'h1', 'h2', 'h3',
-           'router_flops', 'h4', 'h5', 'model_size', 'size_table', 'h6', 'domain_gains', 'domain_table', 'h7',
-           'hypotheses', 'hypothesis_table', 'shown_hypotheses', 'long_table', 'long_differences', 'spectra_report']
+           'draw_sweep', 'Search', 'cv_search', 'reads_batch', 'balance_text', 'seeds_needed', 'Pair', 'claims',
+           'Verdict', 'h1', 'h2', 'h3', 'router_flops', 'h4', 'h5', 'model_size', 'size_table', 'h6', 'domain_gains',
+           'domain_table', 'h7', 'hypotheses', 'hypothesis_table', 'shown_hypotheses', 'long_table', 'long_differences',
+           'spectra_report']
 
 # %% ../nbs/75_spectra_report.ipynb #cf2f4a12
 import json
@@ -202,7 +203,8 @@ def difference_over_time(runs: pd.DataFrame, log: pd.DataFrame, against: str = F
 # %% ../nbs/75_spectra_report.ipynb #cf8fb13b
 def _look(i: int, name: str) -> dict:
     "Colour and line of the i-th variant."
-    return {"color": PALETTE["black"] if name == FULL else list(PALETTE.values())[1:][i % 8], "ls": "-" if name.startswith(FULL) else "--", "lw": 1.6 if name == FULL else .9}
+    colours = [PALETTE[c] for c in ("blue", "orange", "green", "vermilion", "purple", "sky", "grey", "yellow")]
+    return {"color": PALETTE["black"] if name == FULL else colours[(i - 1) % 8], "ls": "-" if name.startswith(FULL) else "--", "lw": 1.6 if name == FULL else .9}
 
 def draw_trends(runs: pd.DataFrame, log: pd.DataFrame):     # of one setting; from `routing_log`
     "Each measure minus its random value against the share of training, a line a variant; (figure, table) or None without logs."
@@ -219,8 +221,9 @@ def draw_trends(runs: pd.DataFrame, log: pd.DataFrame):     # of one setting; fr
             part = t[t.router == name].sort_values("share")
             ax.plot(part.share, part[m], label=name, **_look(i, name))
         ax.axhline(0, color=PALETTE["grey"], lw=.7, ls=":")
-        ax.set_title(f"{MEASURES[m][0]}, above random"), ax.set_xlabel("share of training")
+        ax.set_title(MEASURES[m][0]), ax.set_xlabel("share of training")
     for ax in axes.flat[len(there):]: ax.set_axis_off()
+    fig.supylabel("above what is random", fontsize=8)
     fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=6.5)
     return fig, t
 
@@ -280,7 +283,7 @@ def shown_sweep(table: pd.DataFrame) -> pd.DataFrame:      # from `sweep_table`
 
 # %% ../nbs/75_spectra_report.ipynb #c1fd468b
 def draw_sweep(runs: pd.DataFrame, title: str = ""):    # of one group
-    "Loss and CV above the floor against the parameter with most values, a line for each combination of the others; (figure, table) or None when nothing is swept."
+    "Loss and CV above the floor (dashed: the target) against the parameter with most values, a line for each combination of the others; (figure, table) or None when nothing is swept."
     import matplotlib.pyplot as plt
     table, names = sweep_table(runs), sweep_points(runs)[1]
     if not names: return None
@@ -288,17 +291,17 @@ def draw_sweep(runs: pd.DataFrame, title: str = ""):    # of one group
     x = max(numbers or names, key=lambda n: table[n].map(repr).nunique())
     rest, place = [n for n in names if n != x], {v: i for i, v in enumerate(dict.fromkeys(map(repr, table[x])))}
     at = lambda part: pd.to_numeric(part[x]) if x in numbers else part[x].map(repr).map(place)
-    fig, axes = plt.subplots(1, 2, figsize=(6.8, 2.5))
-    key = table[rest].apply(lambda r: ", ".join(f"{c.split('_')[-1]} {r[c]}" for c in rest), axis=1) if rest else pd.Series(x, index=table.index)
+    fig, axes = plt.subplots(1, 2, figsize=(6.8, 2.8 if rest else 2.4))
+    key = table[rest].apply(lambda r: ", ".join(f"{c.removesuffix('_enabled').replace('sinkhorn', '').strip('_').split('_')[-1]} {r[c]}" for c in rest), axis=1) if rest else pd.Series(x, index=table.index)
     for i, (label, part) in enumerate(table.groupby(key, sort=False)):
         part = part.assign(_x=at(part)).sort_values("_x")
         for ax, y in zip(axes, ("val_loss", "excess_cv")): ax.plot(part._x, part[y], marker="os^Dvp<>"[i % 8], color=list(PALETTE.values())[i % 8], lw=.9, label=label)
     axes[1].axhline(TARGET, color=PALETTE["black"], lw=.7, ls="--"), axes[1].axhline(0, color=PALETTE["grey"], lw=.7, ls=":")
-    axes[0].set(title=f"{title} held-out loss".strip().capitalize(), xlabel=x, ylabel="nats a token"), axes[1].set(title=f"Demand CV above its floor (dashed: {TARGET:g})", xlabel=x)
+    axes[0].set(title=f"{title} held-out loss".strip().capitalize(), xlabel=x, ylabel="nats a token"), axes[1].set(title="Demand CV above its floor", xlabel=x)
     for ax in axes:
         if x in numbers and table[x].min() > 0 and table[x].max() > 8 * table[x].min(): ax.set_xscale("log")
         if x not in numbers: ax.set_xticks(range(len(place)), list(place))
-    if rest: fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=6)
+    if rest: fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=6)
     return fig, table
 
 # %% ../nbs/75_spectra_report.ipynb #c93d7533
@@ -333,6 +336,17 @@ def cv_search(runs: pd.DataFrame,                # of all sweeps
             + ("It is also the flattest of all. " if flattest.point == best.point else f"Flattest of all, {f(flattest)}. ") + f"Lowest loss, {f(lowest)}."
             + (" **One seed**: decided by the values themselves." + (f" Between seeds the loss of one router differs by a standard deviation of {100 * spread / lowest.val_loss:.1f} % in `spectra`: that is the unit in which to read the costs." if spread else "") if len(mine) < 2 else "") + (f" **Fewer than 32768 held-out tokens**: the floor is higher than the search asks for." if tokens < 32768 else ""))
     return Search(word, flattest, best, lowest, tokens, text)
+
+# %% ../nbs/75_spectra_report.ipynb #c30d724d
+def reads_batch(settings: dict) -> bool:
+    "Does a SPECTRA with these settings look at the other tokens when it is evaluated, so that it cannot generate?"
+    return bool(settings.get("sinkhorn_inference", False)) and bool(settings.get("enable_sinkhorn", True))
+
+def balance_text(runs: pd.DataFrame, spread: float | None = None) -> str:     # of sweeps; as for `cv_search`
+    "The search in words; where some points read the batch in evaluation, once among those that can generate and once among all."
+    batch = runs.settings.map(reads_batch)
+    if not batch.any() or batch.all(): return cv_search(runs, spread=spread).text + (" All of them read the batch in evaluation and cannot generate." if len(batch) and batch.all() else "")
+    return f"Among settings that can generate: {cv_search(runs[~batch], spread=spread).text}\n\nAmong all, with Sinkhorn over the batch in evaluation too, which cannot generate: {cv_search(runs, spread=spread).text}"
 
 # %% ../nbs/75_spectra_report.ipynb #c7a5b0fc
 def seeds_needed(sd: float,                  # of the paired differences
@@ -395,13 +409,20 @@ def _judged(statement: str, test: str, parts: pd.DataFrame, runs, missing: str, 
     nan = float("nan")
     if parts.empty: return Verdict(statement, test, nan, nan, nan, "not run", None, [], missing, parts)
     n, good, bad = len(parts), int((parts.verdict == "better").sum()), int(parts.verdict.isin(["worse", "equivalent"]).sum())
-    word = ("supported" if good > n / 2 else "refuted" if bad >= n / 2 else "undecided") if most else ("supported" if good == n else "refuted" if bad else "undecided")
-    hard = parts.loc[(parts.advantage / parts.margin).idxmin()]
-    still = parts[parts.verdict == "undecided"]
-    needed = None if word != "undecided" or still.needed.isna().any() else int(still.needed.max())
+    rule = lambda good, bad: ("supported" if good > n / 2 else "refuted" if bad >= n / 2 else "undecided") if most else ("supported" if good == n else "refuted" if bad else "undecided")
+    word, hard = rule(good, bad), parts.loc[(parts.advantage / parts.margin).idxmin()]
+    needed = _deciding(parts, rule, good, bad) if word == "undecided" else None
     count = lambda v: int((parts.verdict == v).sum())
     why = f"{n} comparison{'s' * (n > 1)}: {count('better')} shown for it, {count('worse')} shown against it, {count('equivalent')} shown to make no difference, {count('undecided')} open; least favourable: {hard.comparison}" + (f". {note}" if note else "")
     return Verdict(statement, test, float(hard.advantage), float(hard.low), float(hard.high), word, needed, sorted(set(runs)), why, parts)
+
+def _deciding(parts: pd.DataFrame, rule, good: int, bad: int) -> int | None:
+    "Fewest seeds after which the rule speaks, when open comparisons fall, each at its own number, on the side where they are now; one nearer to 0 than to the margin falls against."
+    still = parts[(parts.verdict == "undecided") & parts.needed.notna()].sort_values("needed")
+    for r in still.itertuples():
+        good, bad = (good + 1, bad) if r.advantage > r.margin / 2 else (good, bad + 1)
+        if rule(good, bad) != "undecided": return int(r.needed)
+    return None
 
 def _column(runs: pd.DataFrame, router: str, value: str) -> pd.Series:
     "seed -> value of a router of one setting; empty without it."
@@ -732,9 +753,12 @@ def _ablation_sections(plan: Plan, runs: pd.DataFrame, publish, margin: float) -
                  markdown_table(shown_ablations(table)), ""]
         over = difference_over_time(part, log, margin=margin)
         if len(over): text += ["**Loss minus Full during training** (a star where shown, adjusted within the column)", "", markdown_table(over), ""]
-        mine = log[log.run.isin(part.run)]
-        for name, drawn in ((f"trends_{slug}", draw_trends(part, mine)), (f"layers_{slug}", draw_layers(part, mine))):
-            if drawn is not None: text += [_save(drawn[0], name, drawn[1], plan, publish), ""]
+        mine, own = log[log.run.isin(part.run)], part.router.str.startswith(FULL)
+        for what, some in (("parts", part[own]), ("baselines", part[~own | (part.router == FULL)])):
+            drawn = draw_trends(some, mine) if some.router.nunique() > 1 else None
+            if drawn is not None: text += [_save(drawn[0], f"trends_{slug}_{what}", drawn[1], plan, publish), ""]
+        drawn = draw_layers(part, mine)
+        if drawn is not None: text += [_save(drawn[0], f"layers_{slug}", drawn[1], plan, publish), ""]
     return text
 
 def _sweep_sections(plan: Plan, runs: pd.DataFrame, publish) -> list[str]:
@@ -759,9 +783,8 @@ def spectra_report(plan: Plan) -> Path:            # of the Markdown file
     text = [f"# SPECTRA: {plan.study.question}", "", *_sizes_text(plan, runs)]
     if "lengths" in runs:
         text += ["## Long text", "", LONG_NOTE, "", markdown_table(long_table(runs)), "", *_memory_text(runs), "### Full minus without GRU", "", markdown_table(_shown_claims(long_differences(runs))), ""]
-    elif runs.group.str.contains("sweep|losses").any():
-        search = cv_search(runs, spread=_seed_spread(plan))
-        text += ["## The search for balance", "", search.text, "", *_sweep_sections(plan, runs, publish)]
+    elif runs.router.nunique() == 1 and sweep_points(runs)[1]:
+        text += ["## The search for balance", "", balance_text(runs, _seed_spread(plan)), "", *_sweep_sections(plan, runs, publish)]
     elif pd.Series([model_size(r) for r in runs.itertuples()]).nunique() > 1:
         text += ["## Two sizes", "", shown_hypotheses({"H6": h6(runs)}), "Gain over each Switch in percent of its loss, mean and 95 % t interval over seeds.", "", markdown_table(size_table(runs)), ""]
     else:
@@ -804,7 +827,9 @@ def _seed_spread(plan: Plan) -> float | None:
 
 def _beside(plan: Plan) -> list[str]:
     "What the studies beside this one found, in a line each."
-    sweeps, long, text = _sibling(plan, "sweeps"), _sibling(plan, "long"), []
-    if sweeps is not None: text += [f"- Sweeps A to D: {cv_search(sweeps, spread=_seed_spread(plan)).text}"]
-    if long is not None: text += [f"- Sweep E: {' '.join(_memory_text(long)).strip()}"]
+    text, long, spread = [], _sibling(plan, "long"), _seed_spread(plan)
+    for role, what in (("sweeps", "Sweeps A to D and the loss coefficients"), ("search", "The search for balance, with more levers")):
+        found = _sibling(plan, role)
+        if found is not None: text += [f"**{what}** (`spectra_{role}`)", "", balance_text(found, spread), ""]
+    if long is not None: text += ["**Sweep E** (`spectra_long`)", "", *_memory_text(long)]
     return ["## The studies beside this one", "", *(text or ["None of them has finished runs by today's code."]), ""]
