@@ -1382,6 +1382,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'moe_routing/spectra_report.py'),
                                             'moe_routing.spectra_report.routing_log': ( 'spectra_report.html#routing_log',
                                                                                         'moe_routing/spectra_report.py'),
+                                            'moe_routing.spectra_report.same_plan_spread': ( 'spectra_report.html#same_plan_spread',
+                                                                                             'moe_routing/spectra_report.py'),
                                             'moe_routing.spectra_report.seeds_needed': ( 'spectra_report.html#seeds_needed',
                                                                                          'moe_routing/spectra_report.py'),
                                             'moe_routing.spectra_report.shown_ablations': ( 'spectra_report.html#shown_ablations',

@@ -7,10 +7,10 @@ __all__ = ['SHARES', 'FULL', 'ABLATIONS', 'BASELINES', 'MEASURES', 'DOMAINS_MADE
            'LOSS_MARGIN', 'SHARE_MARGIN', 'SWITCH', 'SPECIALISED', 'PROSE', 'HYPOTHESES', 'with_settings', 'study_runs',
            'routing_log', 'made_up_spectra', 'in_setting', 'at_share', 'ablation_table', 'shown_ablations',
            'difference_over_time', 'draw_trends', 'draw_layers', 'sweep_points', 'sweep_table', 'shown_sweep',
-           'draw_sweep', 'Search', 'cv_search', 'reads_batch', 'balance_text', 'seeds_needed', 'Pair', 'claims',
-           'Verdict', 'h1', 'h2', 'h3', 'router_flops', 'h4', 'h5', 'model_size', 'size_table', 'h6', 'domain_gains',
-           'domain_table', 'h7', 'hypotheses', 'hypothesis_table', 'shown_hypotheses', 'long_table', 'long_differences',
-           'spectra_report']
+           'draw_sweep', 'same_plan_spread', 'Search', 'cv_search', 'reads_batch', 'balance_text', 'seeds_needed',
+           'Pair', 'claims', 'Verdict', 'h1', 'h2', 'h3', 'router_flops', 'h4', 'h5', 'model_size', 'size_table', 'h6',
+           'domain_gains', 'domain_table', 'h7', 'hypotheses', 'hypothesis_table', 'shown_hypotheses', 'long_table',
+           'long_differences', 'spectra_report']
 
 # %% ../nbs/75_spectra_report.ipynb #cf2f4a12
 import json
@@ -281,7 +281,9 @@ def shown_sweep(table: pd.DataFrame) -> pd.DataFrame:      # from `sweep_table`
                          "above the floor": [_span(r.excess_cv, r.excess_low, r.excess_high, 3) for r in table.itertuples()], "worst layer": table.worst_cv.map("{:.3f}".format),
                          **({} if table.trained_cv.isna().all() else {"as trained, above the floor": table.trained_cv.map("{:.3f}".format)}), "over the lowest loss, %": [_span(r.cost, r.cost_low, r.cost_high, 2) for r in table.itertuples()], "seeds": table.seeds})
 
-# %% ../nbs/75_spectra_report.ipynb #c1fd468b
+# %% ../nbs/75_spectra_report.ipynb #c9b23d85
+_SHORT = {"log_sinkhorn_enabled": "log", "expert_choice_routing": "quota", "expert_choice_capacity_factor": "factor", "cosine_similarities_loss_coef": "cosine", "ortho_loss_coef": "ortho", "speciality_loss_coef": "speciality"}
+
 def draw_sweep(runs: pd.DataFrame, title: str = ""):    # of one group
     "Loss and CV above the floor (dashed: the target) against the parameter with most values, a line for each combination of the others; (figure, table) or None when nothing is swept."
     import matplotlib.pyplot as plt
@@ -292,7 +294,7 @@ def draw_sweep(runs: pd.DataFrame, title: str = ""):    # of one group
     rest, place = [n for n in names if n != x], {v: i for i, v in enumerate(dict.fromkeys(map(repr, table[x])))}
     at = lambda part: pd.to_numeric(part[x]) if x in numbers else part[x].map(repr).map(place)
     fig, axes = plt.subplots(1, 2, figsize=(6.8, 2.8 if rest else 2.4))
-    key = table[rest].apply(lambda r: ", ".join(f"{c.removesuffix('_enabled').replace('sinkhorn', '').strip('_').split('_')[-1]} {r[c]}" for c in rest), axis=1) if rest else pd.Series(x, index=table.index)
+    key = table[rest].apply(lambda r: ", ".join(f"{_SHORT.get(c, c.split('_')[-1])} {r[c]}" for c in rest), axis=1) if rest else pd.Series(x, index=table.index)
     for i, (label, part) in enumerate(table.groupby(key, sort=False)):
         part = part.assign(_x=at(part)).sort_values("_x")
         for ax, y in zip(axes, ("val_loss", "excess_cv")): ax.plot(part._x, part[y], marker="os^Dvp<>"[i % 8], color=list(PALETTE.values())[i % 8], lw=.9, label=label)
@@ -303,6 +305,14 @@ def draw_sweep(runs: pd.DataFrame, title: str = ""):    # of one group
         if x not in numbers: ax.set_xticks(range(len(place)), list(place))
     if rest: fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=6)
     return fig, table
+
+# %% ../nbs/75_spectra_report.ipynb #ce9c962e
+def same_plan_spread(runs: pd.DataFrame) -> float | None:    # of sweeps
+    "Standard deviation of a run's loss, from pairs that differ in `log_sinkhorn_enabled` alone; None without 3 of them."
+    key = [json.dumps({k: v for k, v in s.items() if k != "log_sinkhorn_enabled"}, sort_keys=True) for s in runs.settings]
+    there = runs.assign(_key=key, _log=[s.get("log_sinkhorn_enabled") for s in runs.settings]).dropna(subset=["_log"])
+    pairs = there.pivot_table(index=["_key", "seed"], columns="_log", values="val_loss").dropna() if len(there) else there
+    return float((pairs[True] - pairs[False]).pow(2).mean() / 2) ** .5 if pairs.shape[0] > 2 and {True, False} <= set(pairs) else None
 
 # %% ../nbs/75_spectra_report.ipynb #c93d7533
 class Search(NamedTuple):
@@ -344,7 +354,8 @@ def reads_batch(settings: dict) -> bool:
 
 def balance_text(runs: pd.DataFrame, spread: float | None = None) -> str:     # of sweeps; as for `cv_search`
     "The search in words; where some points read the batch in evaluation, once among those that can generate and once among all."
-    batch = runs.settings.map(reads_batch)
+    batch, noise = runs.settings.map(reads_batch), same_plan_spread(runs)
+    if noise is not None: return balance_text(runs[[s.get("log_sinkhorn_enabled", True) for s in runs.settings]], spread) + f" Runs that differ only in `log_sinkhorn_enabled` compute the same plan up to rounding and are left out of the search as doubles; their losses differ by a standard deviation of {100 * noise / runs.val_loss.min():.1f} % of the lowest loss, which is the noise of a single run."
     if not batch.any() or batch.all(): return cv_search(runs, spread=spread).text + (" All of them read the batch in evaluation and cannot generate." if len(batch) and batch.all() else "")
     return f"Among settings that can generate: {cv_search(runs[~batch], spread=spread).text}\n\nAmong all, with Sinkhorn over the batch in evaluation too, which cannot generate: {cv_search(runs, spread=spread).text}"
 
