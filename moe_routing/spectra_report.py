@@ -355,9 +355,9 @@ def reads_batch(settings: dict) -> bool:
 def balance_text(runs: pd.DataFrame, spread: float | None = None) -> str:     # of sweeps; as for `cv_search`
     "The search in words; where some points read the batch in evaluation, once among those that can generate and once among all."
     batch, noise = runs.settings.map(reads_batch), same_plan_spread(runs)
-    if noise is not None: return balance_text(runs[[s.get("log_sinkhorn_enabled", True) for s in runs.settings]], spread) + f" Runs that differ only in `log_sinkhorn_enabled` compute the same plan up to rounding and are left out of the search as doubles; their losses differ by a standard deviation of {100 * noise / runs.val_loss.min():.1f} % of the lowest loss, which is the noise of a single run."
-    if not batch.any() or batch.all(): return cv_search(runs, spread=spread).text + (" All of them read the batch in evaluation and cannot generate." if len(batch) and batch.all() else "")
-    return f"Among settings that can generate: {cv_search(runs[~batch], spread=spread).text}\n\nAmong all, with Sinkhorn over the batch in evaluation too, which cannot generate: {cv_search(runs, spread=spread).text}"
+    more = "" if noise is None else f" Runs that differ only in `log_sinkhorn_enabled` compute the same plan up to rounding; their losses differ by a standard deviation of {100 * noise / runs.val_loss.min():.1f} % of the lowest loss, which is the noise of a single run."
+    if not batch.any() or batch.all(): return cv_search(runs, spread=spread).text + more + (" All of them read the batch in evaluation and cannot generate." if len(batch) and batch.all() else "")
+    return f"Among settings that can generate: {cv_search(runs[~batch], spread=spread).text}\n\nAmong all, with Sinkhorn over the batch in evaluation too, which cannot generate: {cv_search(runs, spread=spread).text}{more}"
 
 # %% ../nbs/75_spectra_report.ipynb #c7a5b0fc
 def seeds_needed(sd: float,                  # of the paired differences
