@@ -109,7 +109,9 @@ def _packed(block: list[Routing]) -> np.ndarray:                      # (L, T, K
     return torch.stack(wide).cpu().numpy().astype(np.uint8 if block[0].num_experts < 256 else np.uint16)
 
 def _unpacked(sets: np.ndarray, block: list[Routing]) -> list[Routing]:
-    "Records that know their experts and nothing else, beside those of `block`."
+    "Records that know their experts and nothing else, beside those of `block`. ValueError when they are of other tokens or layers."
+    shape = (len(block), len(block[0].experts))
+    if sets.shape[:2] != shape: raise ValueError(f"the earlier measurement does not match: (layers, tokens) were {sets.shape[:2]}, now {shape}: measure the same held-out text at every checkpoint")
     nothing = torch.full((1, 1), float("nan")).expand(sets.shape[1], block[0].num_experts)
     return [Routing(nothing, e.to(r.experts.device), torch.zeros(e.shape, device=r.experts.device)) for e, r in zip(torch.from_numpy(sets.astype(np.int64)), block)]
 

@@ -189,6 +189,8 @@ def rows_of(layers, steps=(1, 5, 10), chance=lambda layer: .1):
 
 
 def test_trends():
+    import matplotlib.pyplot as plt
+    plt.close("all")                                                            # whatever another test left
     rows = rows_of(3)
     assert logged_metrics(rows) == ["load_cv", "drop_rate", "own"]
     figures = trend_figures(rows)
@@ -205,7 +207,6 @@ def test_trends():
     grid = trend_grid(rows, columns=2)
     assert [ax.get_title(loc="left") for ax in grid.axes if ax.axison] == ["load cv", "drop rate [share]", "own"]
     assert trend_figures(rows_of(1, (5,)))["load_cv"].axes[0].lines
-    import matplotlib.pyplot as plt
     assert not plt.get_fignums()                                                # none is left open
 
 
