@@ -275,6 +275,10 @@ def test_sweep_e():
     shown = report.long_table(long_runs({"spectra": .6, "spectra_no_gru": .5}))
     assert len(shown) == 4 and "random 0.200" in shown["sequential overlap"][0] and shown["layer to layer"].eq("-").all()
     assert "within 1.2" in report._memory_text(long_runs({"spectra": .6}))[0]
+    for short, word in ((2.6, "lowers"), (2.4, "raises"), (None, "does not change")):
+        runs = long_runs({"spectra": .6})
+        for i, r in enumerate(runs.itertuples()): r.lengths[-1].update(nll_long=2.5, nll_short=short or 2.5 + (-1) ** i * .1)
+        assert word in report._context_text(runs)[0]
 
 
 def test_reports(study):
