@@ -1291,6 +1291,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'moe_routing/spectra_report.py'),
                                             'moe_routing.spectra_report._column': ( 'spectra_report.html#_column',
                                                                                     'moe_routing/spectra_report.py'),
+                                            'moe_routing.spectra_report._context_text': ( 'spectra_report.html#_context_text',
+                                                                                          'moe_routing/spectra_report.py'),
                                             'moe_routing.spectra_report._contrast': ( 'spectra_report.html#_contrast',
                                                                                       'moe_routing/spectra_report.py'),
                                             'moe_routing.spectra_report._deciding': ( 'spectra_report.html#_deciding',

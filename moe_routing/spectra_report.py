@@ -793,7 +793,7 @@ def spectra_report(plan: Plan) -> Path:            # of the Markdown file
     publish, margin = find_root() / "figures" if options.get("publish") and not plan.overrides else None, options.get("margin", LOSS_MARGIN)
     text = [f"# SPECTRA: {plan.study.question}", "", *_sizes_text(plan, runs)]
     if "lengths" in runs:
-        text += ["## Long text", "", LONG_NOTE, "", markdown_table(long_table(runs)), "", *_memory_text(runs), "### Full minus without GRU", "", markdown_table(_shown_claims(long_differences(runs))), ""]
+        text += ["## Long text", "", LONG_NOTE, "", markdown_table(long_table(runs)), "", *_memory_text(runs), *_context_text(runs), "### Full minus without GRU", "", "Consistency, overlap from layer to layer and sequential overlap, each above its random value, paired by seed, adjusted over the table.", "", markdown_table(_shown_claims(long_differences(runs))), ""]
     elif runs.router.nunique() == 1 and sweep_points(runs)[1]:
         text += ["## The search for balance", "", balance_text(runs, _seed_spread(plan)), "", *_sweep_sections(plan, runs, publish)]
     elif pd.Series([model_size(r) for r in runs.itertuples()]).nunique() > 1:
@@ -823,6 +823,15 @@ def _memory_text(runs: pd.DataFrame) -> list[str]:
     worst, seconds = last.peak_to_8k.max(), last.seconds.max()
     if pd.isna(worst): return []
     return [f"**{int(last.tokens.iloc[0])} tokens: peak memory at most {worst:.3f} times that at 8192 tokens ({'within' if worst <= 1.2 else 'beyond'} 1.2), at most {seconds:.0f} s for a pass ({'within' if seconds <= 1200 else 'beyond'} 20 minutes).**", ""]
+
+def _context_text(runs: pd.DataFrame) -> list[str]:
+    "Does the model use the longer context at all?"
+    last = [max(r.lengths, key=lambda row: row["tokens"]) for r in runs.itertuples()]
+    gain = [row["nll_short"] - row["nll_long"] for row in last if row.get("nll_long") is not None]
+    if len(gain) < 2: return []
+    i = mean_interval(gain)
+    word = "lowers the loss" if i.low > 0 else "raises the loss: the model does not make use of it, and what changes in the routing is not put to use either" if i.high < 0 else "does not change the loss beyond chance"
+    return [f"The longer context {word} (short minus long {_span(i.estimate, i.low, i.high, 4)} nats a token, over {i.n} runs).", ""]
 
 def _all_verdicts(plan: Plan, runs: pd.DataFrame) -> dict[str, Verdict]:
     "The hypotheses, with the benchmark and the scaling study where they are."
