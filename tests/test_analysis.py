@@ -11,7 +11,7 @@ from moe_routing.analysis import (Choices, _direction, _random_like, _spread, bo
                                   swap_last, token_spans, token_words, watch, window_losses)
 from moe_routing.core import Router, Routing
 from moe_routing.models import make_tokenizer
-from moe_routing.patching import families, route, tiny_family
+from moe_routing.patching import families, tiny_family
 from moe_routing.routers.zoo import make_router, make_rule
 from moe_routing.traces import record
 from moe_routing.training import Recipe, TrainingText, char_tokenizer, prepare, unmount

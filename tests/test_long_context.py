@@ -2,12 +2,11 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from moe_routing import long_context as long
-from moe_routing.core import Context, Routing
+from moe_routing.core import Routing
 from moe_routing.metrics.stability import random_jaccard
 from moe_routing.patching import route
 from moe_routing.training import Recipe, build_model

@@ -9,7 +9,7 @@ from moe_routing.routers.adaptive import EntropyBands, Threshold, TopP, calibrat
 from moe_routing.routers.control import PositionHash, Random, TokenHash
 from moe_routing.routers.pvalue import fit_null
 from moe_routing.routers.topk import WEIGHTS, TopK, chosen, rank_keys, score_keys, weigh
-from moe_routing.routers.zoo import CONTRACTS, ROUTERS, Row, check_contracts, example_context, find_row, invariances, make_router, make_rule, zoo_table
+from moe_routing.routers.zoo import CONTRACTS, ROUTERS, Row, check_contracts, find_row, invariances, make_router, make_rule, zoo_table
 
 INF = float("inf")
 CHOOSING = [n for n, r in ROUTERS.items() if r.chooses == "token"]     # a token ranks its experts, and nothing else matters

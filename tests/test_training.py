@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from moe_routing.routers.zoo import ROUTERS
 from moe_routing.runs import run_template
-from moe_routing.training import (Meter, Recipe, active_share, build_model, evaluate, get_tokenizer, load_trained, main, nominal_k, prepare, train, training_text,
+from moe_routing.training import (Recipe, active_share, build_model, get_tokenizer, load_trained, main, nominal_k, prepare, train, training_text,
                                   unmount)
 
 SMALL = Recipe(hidden=32, heads=2, layers=2, intermediate=16, num_experts=4, length=32, batch=4, steps=6, lr=5e-3)
