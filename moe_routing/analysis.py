@@ -680,6 +680,6 @@ def draw_landscape(landscape: dict):          # from `loss_landscape`; returns a
         mean, low, high = np.array([r[name] for r in rows]).T
         right.errorbar([r["gap"] for r in rows], mean, [mean - low, high - mean], fmt="o-", color=PALETTE[colour], lw=1, capsize=2, label=label)
     right.axhline(0, color=PALETTE["black"], lw=.6)
-    right.set(title="one decision swapped, nats", xlabel="gap of the scores")
+    right.set(title="one swap, nats", xlabel="gap of the scores")
     right.legend(fontsize=6)
     return fig

@@ -574,6 +574,7 @@ def _save_last(folder: Path, steps: _Steps, state: dict) -> None:
     if accelerator.is_main_process: shutil.rmtree(scratch, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(scratch)
+    accelerator.wait_for_everyone()               # each process writes its random state; the folder must not move before the last has
     if accelerator.is_main_process:
         (scratch / "state.json").write_text(json.dumps(state))
         if steps.meter.before is not None: save_file({"experts": steps.meter.before}, scratch / "before.safetensors")
