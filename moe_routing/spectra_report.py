@@ -364,9 +364,10 @@ def seeds_needed(sd: float,                  # of the paired differences
                  effect: float,              # the true difference, as estimated
                  margin: float | None = None,# within which a difference does not matter
                  power: float = .8, most: int = 2000,
+                 tests: int = 1,             # comparisons of the table; the level is divided among them
                 ) -> int | None:             # None: more than `most`
     "Fewest seeds with which a paired t-test shows the effect, or two one-sided tests that it lies within the margin."
-    goals = [(abs(effect), .05)] + ([(margin - abs(effect), .10)] if margin and margin > abs(effect) else [])
+    goals = [(abs(effect), .05 / tests)] + ([(margin - abs(effect), .10 / tests)] if margin and margin > abs(effect) else [])
     found = [_fewest(goal / sd if sd else np.inf, power, alpha, most) for goal, alpha in goals if goal > 0]
     return min((n for n in found if n is not None), default=None)
 
@@ -399,7 +400,7 @@ def claims(pairs: list[Pair],
     if not scaled: return pd.DataFrame(columns=["comparison", "advantage", "low", "high", "p_adjusted", "seeds", "margin", "verdict", "needed"])
     rows = verdicts({n: (x, np.zeros_like(x)) for n, (x, _) in scaled.items()}, True, margin=1.0)
     return pd.DataFrame([{"comparison": r["name"], "advantage": r["difference"] * m, "low": r["low"] * m, "high": r["high"] * m, "p_adjusted": r["p_adjusted"], "seeds": r["n"], "margin": m, "verdict": r["verdict"],
-                          "needed": seeds_needed(float(x.std(ddof=1)), r["difference"], 1.0) if r["verdict"] == "undecided" else None} for r, (x, m) in zip(rows, scaled.values())])
+                          "needed": seeds_needed(float(x.std(ddof=1)), r["difference"], 1.0, tests=len(rows)) if r["verdict"] == "undecided" else None} for r, (x, m) in zip(rows, scaled.values())])
 
 # %% ../nbs/75_spectra_report.ipynb #c9b01da5
 class Verdict(NamedTuple):
