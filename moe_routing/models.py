@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_tokenizer', 'TinyRecipe', 'tiny_config', 'training_batches', 'learning_rate_share', 'train_tiny', 'tiny_folder',
-           'tiny_model', 'model_size', 'fused_share', 'load_model', 'fingerprint']
+           'tiny_model', 'model_size', 'load_model', 'fingerprint']
 
 # %% ../nbs/41_models.ipynb #c8e60932
 import hashlib
@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from .core import in_range, known
 from .corpora import corpus_hash, load_corpus
 from .experts import ragged_experts  # registers experts_implementation="ragged"
+from .quantised import QUANTISATIONS, check_quantised, prepared, quantisation_config, stored_tensors, weight_groups
 from .settings import load_settings
 
 # %% ../nbs/41_models.ipynb #cd86323a
@@ -244,34 +245,27 @@ def tiny_model(steps: int = TinyRecipe.steps, seed: int = 0,
 # %% ../nbs/41_models.ipynb #cc025694
 def model_size(config,                                   # a transformers configuration
                dtype: torch.dtype = torch.bfloat16,      # precision of the weights
+               quantize: str | None = None,              # 8bit or 4bit
               ) -> dict[str, float]:                     # parameters, active (used for one token), gigabytes (10^9 bytes) of the weights
     "Count a model's parameters without making it, on torch's meta device. Experts are counted as active in the share top-k / experts."
-    from transformers import AutoModelForCausalLM
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config)
-    total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    groups = weight_groups(prepared(config, quantize, dtype))
+    total, size = (sum(g[k] for g in groups.values()) for k in ("parameters", "bytes"))
+    experts = groups["experts"]["parameters"] if "experts" in groups else 0
     k = getattr(config, "num_experts_per_tok", None) or 1
     count = next((c for a in ("num_experts", "num_local_experts", "n_routed_experts") if (c := getattr(config, a, None))), 1)
-    return dict(parameters=total, active=round(total - experts * (1 - k / count)), gigabytes=total * dtype.itemsize / 1e9)
+    return dict(parameters=total, active=round(total - experts * (1 - k / count)), gigabytes=size / 1e9)
 
-# %% ../nbs/41_models.ipynb #c66c5558
-def fused_share(config    # a transformers configuration
-               ) -> float:
-    "The share of the weights in tensors of three dimensions: fused experts, which bitsandbytes leaves as they are."
-    from transformers import AutoModelForCausalLM
-    with torch.device("meta"): sizes = [(p.ndim, p.numel()) for p in AutoModelForCausalLM.from_config(config).parameters()]
-    return sum(n for ndim, n in sizes if ndim == 3) / sum(n for _, n in sizes)
-
-# %% ../nbs/41_models.ipynb #c2e129d2
-def _quantisation(quantize: str | None, config, name: str):
-    "The configuration for bitsandbytes, or an error when it would miss the experts."
-    if quantize is None: return None
-    known(quantize, ("8bit", "4bit"), "quantisation")
-    if (share := fused_share(config)) > .1:
-        raise ValueError(f"quantize={quantize!r}: {share:.0%} of the weights of {name!r} are fused experts, which bitsandbytes leaves in full precision without a word; "
-                         f"load it with quantize=None ({model_size(config)['gigabytes']:.1f} GB in bfloat16)")
-    from transformers import BitsAndBytesConfig
-    return BitsAndBytesConfig(load_in_8bit=True) if quantize == "8bit" else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+# %% ../nbs/41_models.ipynb #c9d24c25
+def _quantisation(quantize: str, config, name: str, dtype):
+    "The configuration for bitsandbytes with fused experts, or an error when it would miss experts."
+    if dtype == "auto": dtype = getattr(config, "dtype", None) or torch.bfloat16
+    compute = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+    known(quantize, QUANTISATIONS, "quantisation")
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"quantize={quantize!r}: the checkpoint of {name!r} is quantised already ({config.quantization_config.get('quant_method', 'unknown')}): load it with quantize=None")
+    try: check_quantised(prepared(config, quantize, compute), quantize)
+    except ValueError as e: raise ValueError(f"{name!r}: {e} ({model_size(config, compute)['gigabytes']:.1f} GB)") from e
+    return quantisation_config(quantize, compute)
 
 def _from_pretrained(what, name: str, settings, missing: str, error=FileNotFoundError, **options):
     "Call `from_pretrained`, with one error that says what to do when it cannot work."
@@ -291,7 +285,7 @@ def load_model(name: str = "tiny",                    # tiny; a hub id such as a
                dtype: str | torch.dtype | None = None,  # float32, bfloat16, float16, auto (the checkpoint's own); default: settings
                device: str | torch.device | None = None,  # cpu, cuda, cuda:1; auto spreads over all GPUs; default: settings
                experts: str | None = "ragged",    # experts implementation; None: the model's own choice
-               quantize: str | None = None,           # 8bit or 4bit, by bitsandbytes; refused when it would miss the experts
+               quantize: str | None = None,           # 8bit or 4bit, by bitsandbytes, fused experts included; refused when it would miss experts
                revision: str | None = None,           # of a hub id
                tokenizer: str | None = None,          # hub id or folder of another tokenizer; default: the model's own
                settings=None,                         # of `load_settings`; read when not given
@@ -315,8 +309,9 @@ def load_model(name: str = "tiny",                    # tiny; a hub id such as a
     own = _from_pretrained(AutoTokenizer, tokenizer or name, settings, without, **({} if tokenizer else hub))
     if not own("a word").input_ids: raise FileNotFoundError(without)  # transformers makes an empty one when the files are missing
     if experts: options["experts_implementation"] = experts
-    if quantize: options["quantization_config"] = _quantisation(quantize, config, name)
+    if quantize: options["quantization_config"] = _quantisation(quantize, config, name, dtype)
     model = _from_pretrained(AutoModelForCausalLM, name, settings, f"model {name!r} cannot be loaded", RuntimeError, dtype=dtype, device_map="auto" if device == "auto" else {"": device}, **hub, **options)
+    if quantize: check_quantised(model, quantize)
     return model.eval(), own
 
 # %% ../nbs/41_models.ipynb #c17c9d3a
@@ -327,10 +322,11 @@ def fingerprint(model,             # a transformers model
     passing = {"transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "output_router_logits"}
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k not in passing}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, p in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(p.shape)}".encode())
-        if p.is_meta: continue  # a weight that accelerate keeps elsewhere
-        flat = p.detach().reshape(-1)
-        at = torch.linspace(0, len(flat) - 1, min(samples, len(flat)), dtype=torch.float64).long()
-        digest.update(flat[at.to(flat.device)].float().cpu().numpy().tobytes())
+    for name, tensors in sorted(stored_tensors(model).items(), key=lambda item: item[0]):      # a quantised weight and its scales
+        digest.update(f"{name} {tuple(tensors[0].shape)}".encode())
+        for t in tensors:
+            if t.is_meta: continue  # a weight that accelerate keeps elsewhere
+            flat = t.detach().reshape(-1)
+            at = torch.linspace(0, len(flat) - 1, min(samples, len(flat)), dtype=torch.float64).long()
+            digest.update(flat[at.to(flat.device)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
