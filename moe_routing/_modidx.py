@@ -736,6 +736,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'moe_routing.predictors._calibrate': ('predictors.html#_calibrate', 'moe_routing/predictors.py'),
                                         'moe_routing.predictors._calibration_error': ( 'predictors.html#_calibration_error',
                                                                                        'moe_routing/predictors.py'),
+                                        'moe_routing.predictors._confused': ('predictors.html#_confused', 'moe_routing/predictors.py'),
                                         'moe_routing.predictors._coverage': ('predictors.html#_coverage', 'moe_routing/predictors.py'),
                                         'moe_routing.predictors._cross_entropy': ( 'predictors.html#_cross_entropy',
                                                                                    'moe_routing/predictors.py'),

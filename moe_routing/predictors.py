@@ -746,7 +746,16 @@ def _coverage(self, name: str, layers=None) -> list[dict]:
     return [{"m": m, **{w: self.value(name, f"{w}@{m}", layers) for w in ("recall", "all", "any")}, **{f"{w} by chance": random_value(f"{w}@{m}", self.k, self.num_experts) for w in ("recall", "all", "any")}}
             for m in COVERAGE if m <= self.num_experts]
 
-Evaluation.table, Evaluation.by_layer, Evaluation.coverage = _table, _by_layer, _coverage
+def _confused(self, name: str, most: int = 5) -> list[dict]:
+    "The pairs of experts that are taken for one another most often: layer, the expert that was needed, the one guessed in its place, and the share of the needed one's slots."
+    t, rows = self.tallies[known(name, self.tallies, "predictor")], []
+    for layer in range(self.horizon.first, len(t.confusion)):
+        share = t.confusion[layer] / t.confusion[layer].sum(1, keepdim=True).clamp(min=1)
+        found = share.fill_diagonal_(0).flatten().topk(most)
+        rows += [{"layer": layer, "needed": int(i) // self.num_experts, "guessed": int(i) % self.num_experts, "share": float(v)} for v, i in zip(*found)]
+    return rows
+
+Evaluation.table, Evaluation.by_layer, Evaluation.coverage, Evaluation.confused = _table, _by_layer, _coverage, _confused
 
 # %% ../nbs/51_predictors.ipynb #c05d89a9
 def evaluate_predictors(trace: Trace,
