@@ -447,7 +447,8 @@ def bh_routing_report(plan: Plan,
 
 REPORTS = {"bh_routing_report": bh_routing_report,       # name -> function(plan), or module:function of a later chapter
            "routers_report": "moe_routing.router_reports:routers_report", "balance_report": "moe_routing.router_reports:balance_report",
-           "capacity_report": "moe_routing.capacity_report:capacity_report", "spectra_report": "moe_routing.spectra_report:spectra_report"}
+           "capacity_report": "moe_routing.capacity_report:capacity_report", "spectra_report": "moe_routing.spectra_report:spectra_report",
+           "prediction_report": "moe_routing.prediction_report:prediction_report"}
 
 def build_report(plan: Plan) -> Path:
     "Build the report that a study names."

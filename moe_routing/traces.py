@@ -320,14 +320,14 @@ Recorder._begin_forward, Recorder._valid, Recorder._keep_hidden = _begin_forward
 def _refuse_broken(sums: Tensor) -> None:
     "ValueError when a real token (T, L) has logits that are NaN or infinite; padding was dropped before."
     if not sums.isfinite().all():
-        token, layer = (~sums.isfinite()).nonzero()[0].tolist()
+        layer, token = (~sums.isfinite()).T.nonzero()[0].tolist()     # the first layer is nearest to the cause
         raise ValueError(f"gate logits are NaN or infinite, first in token {token} of the batch, layer {layer}: look for an overflow in the layers before it "
                          "(half precision?) or a damaged checkpoint; shards that were written are kept")
 
 def _refuse_broken_hidden(self, column: str, x: Tensor) -> None:
     "ValueError when a hidden state (T, L', H) holds NaN or infinity."
     if x.sum(-1, dtype=torch.float32).isfinite().all() or x.isfinite().all(): return
-    token, slot = (~x.isfinite().all(-1)).nonzero()[0].tolist()
+    slot, token = (~x.isfinite().all(-1)).T.nonzero()[0].tolist()
     narrow = f"they are stored in {self.hidden_dtype}, whose range may be too small: choose bfloat16 or float32; or " if self.hidden_dtype else ""
     raise ValueError(f"{column} states are NaN or infinite, first in token {token} of the batch, layer {self.hidden_layers[slot]}: {narrow}look for an overflow in the layers before it "
                      "(half precision?) or a damaged checkpoint; shards that were written are kept, leave the text out and start again")
