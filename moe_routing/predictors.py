@@ -377,9 +377,9 @@ class LinearGuess(Learned):
 
 class LowRank(Learned):
     "Two linear maps a layer through `rank` dimensions."
-    def __init__(self, horizon, trace, rank: int = 64):
+    def __init__(self, horizon, trace, rank: int | None = None):        # default: 64, or H where that is less
         super().__init__(horizon, trace)
-        in_range(rank, 1, self.H, "rank")
+        rank = in_range(min(64, self.H) if rank is None else rank, 1, self.H, "rank")
         self.loss_name = "ranking"
         self.standard, self.down, self.up = Standardise(self.L, self.H), ByLayer(self.L, self.H, rank, bias=False), ByLayer(self.L, rank, self.E)
     def forward(self, batch): return self.up(self.down(self.standard(look(batch, self.horizon))))
@@ -621,7 +621,7 @@ def train_predictor(predictor: Learned, trace: Trace,
                 step += 1
                 bar.update()
                 if not loss.isfinite():
-                    if recipe.on_nan == "error": raise FloatingPointError(f"the loss is {float(loss)} at step {step}, epoch {epoch + 1}: lower lr (now {recipe.lr:g}), or look for damaged hidden states")
+                    if recipe.on_nan == "error": raise FloatingPointError(f"the loss is {float(loss.detach())} at step {step}, epoch {epoch + 1}: lower lr (now {recipe.lr:g}), or look for damaged hidden states")
                     log["skipped"] += 1
                     continue
                 optimizer.zero_grad()
