@@ -384,3 +384,13 @@ def test_nothing_is_kept_of_the_full_weights(folders, settings):
     E, (a, b) = 8, experts_of(model)[0].matrices["gate_up_proj"]
     for o in gc.get_objects():
         if type(o) is torch.Tensor and o.device.type == "cpu" and tuple(o.shape) == (E, a, b): assert o.untyped_storage().data_ptr() in mine
+
+
+@pytest.mark.parametrize("quantize", QUANTISATIONS)
+def test_generates(quantize, loaded):
+    model = loaded["qwen2_moe", quantize]
+    with torch.no_grad():
+        out = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        again = IDS
+        for _ in range(4): again = torch.cat([again, model(again).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out, again)
