@@ -131,6 +131,7 @@ def test_real_classes_through_a_folder(family, tokenizer, tmp_path, settings):
 def test_active_parameters():
     size, config = model_size(tiny_config(SMALL)), tiny_config(SMALL)
     assert size["parameters"] - size["active"] == 2 * (4 - 2) * 3 * 16 * 8 and size["gigabytes"] == size["parameters"] * 2 / 1e9
+    assert model_size(config, torch.float32)["gigabytes"] == 2 * size["gigabytes"] and model_size(config, quantize="4bit")["parameters"] == size["parameters"]
 
 
 @pytest.fixture
@@ -151,7 +152,6 @@ def folder(tokenizer, tmp_path):
     (lambda s, f: load_model("nobody/nothing", settings=replace(s, hub=True)), FileNotFoundError, ["'nobody/nothing'", "connect to the network once", "'tiny'"]),
     (lambda s, f: load_model(str(f / "none"), settings=s), FileNotFoundError, ["config.json"]),
     (lambda s, f: load_model(str(f / "bare"), settings=s), FileNotFoundError, ["without a tokenizer", "tokenizer="]),
-    (lambda s, f: load_model(str(f / "whole"), quantize="4bit", settings=s), ValueError, ["fused experts", "quantize=None"]),
     (lambda s, f: load_model(str(f / "whole"), quantize="3bit", settings=s), ValueError, ["'3bit'", "4bit, 8bit"]),
     (lambda s, f: load_model(str(f / "whole"), dtype="int4", settings=s), ValueError, ["'int4'", "bfloat16"]),
     (lambda s, f: load_model(str(f / "whole"), experts="raged", settings=s), RuntimeError, ["raged", "cannot be loaded"]),
