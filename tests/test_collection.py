@@ -436,3 +436,35 @@ def test_the_seeds_layout_holds_the_same_numbers(model, data, tmp_path, keep):
                     else: assert torch.equal(get("target_routing")[row, :n].topk(2).indices.sort(-1).values, block[one["layer_id"]].experts.sort(-1).values)
                 number += 1
     assert number == trace.seed_traces
+
+
+# ---- streams
+
+def test_hub_rows_are_streamed_where_possible(monkeypatch, tmp_path):
+    import datasets
+    asked, settings = [], SimpleNamespace(data_dir=tmp_path, hub=True)
+    def load(hub, config, split, streaming=False):
+        asked.append((hub, split, streaming))
+        if streaming and hub == "fancyzhx/ag_news": raise ConnectionError("offline")
+        return iter([{"title": " A title ", "content": "and what follows.", "text": "plain"}, {"title": "", "content": "alone", "text": ""}])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [r["text"] for r in stream_text("amazon", settings=settings)] == ["A title and what follows.", "alone"]
+    assert [(r["text"], r["document"]) for r in stream_text("ag_news", split="train+test", settings=settings)] == [("plain", "train:0"), ("plain", "test:0")]
+    assert asked == [("fancyzhx/amazon_polarity", "test", True)] + [("fancyzhx/ag_news", s, streaming) for s in ("train", "test") for streaming in (True, False)]
+
+
+def test_a_stream_that_is_left_early_leaves_no_thread(trace):
+    import threading
+    before = threading.active_count()
+    loader = trace.batches(("hidden",), batch=1)
+    next(loader)
+    assert threading.active_count() > before
+    loader.stream.close()
+    assert threading.active_count() == before
+
+
+def test_a_shard_that_vanishes_while_it_is_read_is_an_error_not_a_hang(model, tmp_path):
+    trace = record(model, batches(4), tmp_path, keep=("hidden",), losses=False, shard_forwards=1)
+    loader = trace.batches(("hidden",), batch=4)
+    (tmp_path / "shard-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError): list(loader)
