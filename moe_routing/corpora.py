@@ -488,8 +488,8 @@ PROMPTS = {
               "Tom has 12 apples. He gives 5 to Ann and buys 3 more. 12 - 5 = 7, and 7 + 3 = 10, so he has 10 apples.",
               "Dear editor, in your article of last Monday the table on the second page does not add up: the shares come to 104 percent, not to 100.")}
 
-# %% ../nbs/40_corpora.ipynb #c80e259a
-def load_text(name: str = "wikitext",        # wikitext, lambada, prompts, embedded; a .txt file; a folder or .jsonl file with a column `text`; a hub id owner/name[:configuration]
+# %% ../nbs/40_corpora.ipynb #c5323035
+def load_text(name: str = "wikitext",        # wikitext, lambada, imdb, squad, ... (keys of DATASETS), prompts, embedded; a .txt file; a folder or .jsonl file with a column `text`; a hub id owner/name[:configuration]
               source: str = "embedded",      # embedded, local, hub, or auto: the local copy when there is one, else the hub
               split: str | None = None,      # default: the split that is evaluated
               limit: int | None = 200,       # at most so many texts; None: all

@@ -267,6 +267,15 @@ def _quantisation(quantize: str, config, name: str, dtype):
     except ValueError as e: raise ValueError(f"{name!r}: {e} ({model_size(config, compute)['gigabytes']:.1f} GB)") from e
     return quantisation_config(quantize, compute)
 
+def _must_run(model, quantize: str, name: str):
+    "One forward on two tokens: not every model that bitsandbytes converts can run, as its 8-bit maps take no input of four dimensions."
+    tokens = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
+    try:
+        with torch.no_grad(): model(input_ids=tokens, use_cache=False)
+    except Exception as e:
+        other = "4bit" if quantize == "8bit" else "8bit"
+        raise RuntimeError(f"model {name!r} was loaded in {quantize} but cannot run ({type(e).__name__}: {str(e)[:100]}): use quantize={other!r} or None") from e
+
 def _from_pretrained(what, name: str, settings, missing: str, error=FileNotFoundError, **options):
     "Call `from_pretrained`, with one error that says what to do when it cannot work."
     try: return what.from_pretrained(name, trust_remote_code=settings.trust_remote_code, local_files_only=not settings.hub, **options)
@@ -311,7 +320,9 @@ def load_model(name: str = "tiny",                    # tiny; a hub id such as a
     if experts: options["experts_implementation"] = experts
     if quantize: options["quantization_config"] = _quantisation(quantize, config, name, dtype)
     model = _from_pretrained(AutoModelForCausalLM, name, settings, f"model {name!r} cannot be loaded", RuntimeError, dtype=dtype, device_map="auto" if device == "auto" else {"": device}, **hub, **options)
-    if quantize: check_quantised(model, quantize)
+    if quantize:
+        check_quantised(model, quantize)
+        _must_run(model.eval(), quantize, name)
     return model.eval(), own
 
 # %% ../nbs/41_models.ipynb #c17c9d3a

@@ -154,9 +154,10 @@ def _moe_blocks(model: nn.Module) -> dict[str, tuple[int, str]]:
     return blocks
 
 def _is_gate(name: str, shape: tuple, blocks: dict) -> bool:
-    "Is a weight a router's (a row for each expert), or the gate of a shared expert (one row)?"
-    inside = [(E, name[len(b) + 1:]) for b, (E, own) in blocks.items() if name.startswith(b + ".") and not name.startswith(f"{b}.{own}.")]
-    return any(shape[0] == E or (shape[0] == 1 and len(shape) == 2 and "gate" in rest) for E, rest in inside)
+    "Is a weight a router's (a row for each expert, or by its name), or the gate of a shared expert (one row)?"
+    inside = [(E, name[len(b) + 1:].split(".")) for b, (E, own) in blocks.items() if name.startswith(b + ".") and not name.startswith(f"{b}.{own}.")]
+    rows = shape[0] if len(shape) else 0
+    return any(rows == E or {"gate", "router"} & set(rest) or (rows == 1 and "gate" in "".join(rest)) for E, rest in inside)
 
 def _gate_linears(model: nn.Module) -> list[str]:
     "The gates that are `nn.Linear`, which a conversion of all such modules would take."
@@ -166,14 +167,17 @@ def _gate_linears(model: nn.Module) -> list[str]:
 # %% ../nbs/22_quantised.ipynb #c7da32a1
 class _QuantiseOp(ConversionOps):
     "What happens to a parameter that needs quantisation, when all of it has been read."
-    def __init__(self, linear): self.linear = linear
+    def __init__(self, linear, damaged): self.linear, self.damaged = linear, damaged
     def convert(self, input_dict, model=None, **kwargs):
         done = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             module, attribute = get_module_from_name(model, name)
-            if isinstance(module, QuantisedExperts): done[name] = module.store(attribute, value)
-            else: done |= self.linear.convert({name: value}, model=model, **kwargs)
+            if not isinstance(module, QuantisedExperts): done |= self.linear.convert({name: value}, model=model, **kwargs); continue
+            try: done[name] = module.store(attribute, value)
+            except ValueError as e:             # told when all is read: transformers would turn an error here into a report without its reason
+                self.damaged.append(f"{name.rpartition('.')[0]}.{e}")
+                done[name] = value
         return done
 
 class _ExpertsToo:
@@ -181,20 +185,22 @@ class _ExpertsToo:
     def get_modules_to_not_convert(self, model, *args, **kwargs): return super().get_modules_to_not_convert(model, *args, **kwargs) + _gate_linears(model)
 
     def _process_model_before_weight_loading(self, model, device_map=None, **kwargs):
+        self.damaged = []
         super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
         for m in model.modules():
             if _fused(m): _mark(m, "8bit" if self.quantization_config.load_in_8bit else "4bit")
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES    # what transformers and accelerate look at before they move or cast a model
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         module, name = get_module_from_name(model, param_name)
         return name in module.matrices if isinstance(module, QuantisedExperts) else super().param_needs_quantization(model, param_name, **kwargs)
 
-    def get_quantize_ops(self): return _QuantiseOp(super().get_quantize_ops())
+    def get_quantize_ops(self): return _QuantiseOp(super().get_quantize_ops(), self.damaged)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.damaged: raise ValueError("; ".join(self.damaged[:3]))
         for m in model.modules():
             if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False    # else its first forward would rewrite the weights
-        model.quantization_method = QuantizationMethod.BITS_AND_BYTES    # so that transformers refuses to cast it
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def is_serializable(self): return False
@@ -282,7 +288,10 @@ def check_quantised(model: nn.Module,       # a transformers model
     "Prove that a quantisation reached the experts. ValueError when some of them are in full precision, or stored otherwise than asked."
     known(quantize, QUANTISATIONS, "quantisation")
     groups = weight_groups(model)
-    experts = groups.get("experts", dict(full=0, stored=[], bytes=0))
+    experts, text = groups.get("experts", dict(full=0, stored=[], bytes=0)), model.config.get_text_config()
+    count = next((c for a in ("num_experts", "num_local_experts", "n_routed_experts") if (c := getattr(text, a, None))), 0)
+    if count > 1 and not experts["bytes"]:
+        raise ValueError(f"quantize={quantize!r}: {type(model).__name__} declares {count} experts but holds none in a form that is known here, so nothing can be proved: load it with quantize=None")
     if experts["full"]:
         raise ValueError(f"quantize={quantize!r} leaves {experts['full'] / experts['bytes']:.0%} of the experts of {type(model).__name__} in full precision ({', '.join(experts['stored'])}): "
                          "they are not held in fused parameters that transformers describes; load it with quantize=None")
@@ -324,6 +333,7 @@ def memory_plan(config,                                 # a transformers configu
     model, text = prepared(config, quantize, dtype), config.get_text_config()
     groups = check_quantised(model, quantize) if quantize else weight_groups(model)
     T, H, b, heads = batch * length, text.hidden_size, dtype.itemsize, text.num_attention_heads
+    rows = T if quantize else T * (getattr(text, "num_experts_per_tok", None) or 1)     # full-precision experts take all their rows at once
     kv = (getattr(text, "num_key_value_heads", None) or heads) * (getattr(text, "head_dim", None) or H // heads)
     stacks = [p.shape for m in model.modules() if _fused(m) for p in m.parameters(recurse=False) if p.ndim == 3]
     fused, wide = (max(map(f, stacks), default=0) for f in (torch.Size.numel, lambda s: max(s[1:])))
@@ -331,7 +341,7 @@ def memory_plan(config,                                 # a transformers configu
     packed = [s for n, p in model.named_parameters() if (s := _kind(modules[n.rpartition(".")[0]], n.rpartition(".")[2], p)[1])]
     parts = {"weights": sum(g["bytes"] for g in groups.values()), "residual stream": 3 * T * H * b, "keys and values": 2 * text.num_hidden_layers * T * kv * b,
              "trace": keep * len(_moe_blocks(model)) * T * H * b, "attention": 2 * T * _widths(model, "attention") * b + batch * heads * length ** 2 * (b + 4),
-             "one matrix": max((rows * columns for _, rows, columns in packed), default=0) * (b + 4 * (quantize == "8bit")), "experts": T * (2 * H + 2 * wide) * b + 8 * T * H + 2 * T * _widths(model, "shared expert") * b,
+             "one matrix": max((rows * columns for _, rows, columns in packed), default=0) * (b + 4 * (quantize == "8bit")), "experts": rows * (2 * H + 2 * wide) * b + 8 * T * H + 2 * T * _widths(model, "shared expert") * b,
              "logits": T * text.vocab_size * (b + 4)}
     always = sum(parts[k] for k in ("weights", "one matrix", "residual stream", "keys and values", "trace"))
     return dict(groups=groups, parts=parts, forward=always + max(parts[k] for k in ("attention", "experts", "logits")), loading=parts["weights"] + 3 * fused * b)

@@ -14,6 +14,7 @@ import math
 import os
 import random
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -637,7 +638,7 @@ class Batches:
                 if here: self.shards.append((shard, first))
                 count += len(here)
             first += shard["samples"]
-        self.items, self.waited, self.stream = count * len(self.layers), 0.0, self._run()
+        self.items, self.waited, self.stream = count * len(self.layers), 0.0, self._early() if ahead else self._run()
     def __len__(self) -> int: return math.ceil(self.items / self.batch)
     def __iter__(self) -> "Batches": return self
     def __next__(self) -> dict:
@@ -683,6 +684,18 @@ class Batches:
                 yield _padded(left[:self.batch], self.axes, self.trace.num_experts)
                 del left[:self.batch]
         if left: yield _padded(left, self.axes, self.trace.num_experts)
+    def _early(self, depth: int = 4) -> Iterator[dict]:
+        "The same batches, a few of them put together in a thread before they are asked for."
+        stream = self._run()
+        with ThreadPoolExecutor(1) as thread:
+            coming = deque(thread.submit(next, stream, None) for _ in range(depth))
+            try:
+                while (batch := coming.popleft().result()) is not None:
+                    coming.append(thread.submit(next, stream, None))
+                    yield batch
+            finally:
+                for later in coming: later.cancel()
+        stream.close()
 
 # %% ../nbs/50_traces.ipynb #cd3ee549
 def _batches(self: Trace,
@@ -693,7 +706,7 @@ def _batches(self: Trace,
              group: int = 1,                       # shards held in memory, and mixed, at a time
              seed: int | None = None,              # order of shards and of the sequences in a group; None: as recorded
              by_layer: bool = False,               # every layer of a sequence is an item of its own, with `layer (B,)`
-             ahead: bool = True,                   # read the next group in a thread
+             ahead: bool = True,                   # read the next group, and put batches together, in threads
             ) -> Batches:                          # dicts of columns (B, S, ...), valid (B, S) bool, sample (B,); experts int64, E where unused
     "Sequences of whole samples, padded. ValueError for a column that the trace does not hold."
     there = ("token_id", "position", "experts", "weights", *self.head["keep"])
