@@ -373,7 +373,8 @@ def test_what_does_not_fit_is_refused_before_it_starts(model, data, tmp_path, mo
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(traces=4000), "'imdb' has 60 texts .* are needed: collect fewer traces"),
+    (dict(traces=4000), "'imdb' has 60 texts .* are needed: collect at most traces = 120"),
+    (dict(traces=4000, min_characters=125), r"'squad' has \d+ texts"),
     (dict(min_characters=1000), "'imdb' has no usable text: 61 texts are empty or have at most 999 characters"),
     (dict(datasets="imdb,yelp"), "'yelp', split 'test': no local copy"),
     (dict(datasets="imdb,yelp", source="auto"), "'Yelp/yelp_review_full' is on the hub, and settings.ini says hub = no"),
