@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HORIZONS', 'COVERAGE', 'BASELINES', 'LOSSES', 'PREDICTORS', 'PRESETS', 'Horizon', 'shift', 'look', 'random_value',
-           'Tally', 'Predictor', 'targets', 'RandomGuess', 'Marginal', 'Table', 'PreviousToken', 'PreviousLayer',
-           'PreviousLayerTable', 'GateOn', 'make_baselines', 'Standardise', 'ByLayer', 'Learned', 'LinearGuess',
-           'LowRank', 'MLPGuess', 'TokenEmbedding', 'History', 'SeedSimple', 'SeedHybrid', 'SeedTransformer', 'Entry',
-           'make_predictor', 'Recipe', 'make_recipe', 'train_predictor', 'tally', 'Evaluation', 'evaluate_predictors',
-           'rank_tokens']
+           'Tally', 'Predictor', 'move', 'default_device', 'targets', 'RandomGuess', 'Marginal', 'Table',
+           'PreviousToken', 'PreviousLayer', 'PreviousLayerTable', 'GateOn', 'make_baselines', 'Standardise', 'ByLayer',
+           'Learned', 'LinearGuess', 'LowRank', 'MLPGuess', 'TokenEmbedding', 'History', 'SeedSimple', 'SeedHybrid',
+           'SeedTransformer', 'Entry', 'make_predictor', 'Recipe', 'make_recipe', 'train_predictor', 'tally',
+           'Evaluation', 'evaluate_predictors', 'rank_tokens']
 
 # %% ../nbs/51_predictors.ipynb #ce6125c4
 import time
@@ -168,16 +168,28 @@ class Predictor(nn.Module):
         "(..., E): the probability that an expert is needed; None where the scores do not say."
         return scores if self.probable else None
     @property
+    def device(self) -> torch.device:
+        "Where its weights are; what only counts stays on the CPU."
+        return next((w.device for w in self.parameters()), torch.device("cpu"))
+    @property
     def gap(self) -> int:
         "How many layers back the newest known routing of the same token is."
         return max(1, self.horizon.layers_back)
+
+def move(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    "The batch on a device."
+    return batch if device.type == "cpu" else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+def default_device(device: str | torch.device | None = None) -> torch.device:   # None: a GPU where there is one
+    "Where predictors are trained."
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 def targets(batch: dict[str, Tensor],            # from `Trace.batches`
             num_experts: int,                    # E
            ) -> Tensor:                          # (B, S, L, E) bool: the experts that were used
     "The truth as a mask."
     experts = batch["experts"]
-    return torch.zeros(*experts.shape[:-1], num_experts + 1, dtype=torch.bool).scatter_(-1, experts, True)[..., :-1]
+    return torch.zeros(*experts.shape[:-1], num_experts + 1, dtype=torch.bool, device=experts.device).scatter_(-1, experts, True)[..., :-1]
 
 # %% ../nbs/51_predictors.ipynb #c240f112
 class RandomGuess(Predictor):
@@ -473,7 +485,7 @@ class SeedHybrid(Learned):
         x = self.features(look(batch, self.reads))
         B, S, L, M = x.shape
         rows = x.transpose(1, 2).reshape(B * L, S, M) + self.positions[:S]
-        mask = nn.Transformer.generate_square_subsequent_mask(S) if self.causal else None
+        mask = nn.Transformer.generate_square_subsequent_mask(S, x.device) if self.causal else None
         y = self.temporal(rows, mask=mask, is_causal=self.causal).view(B, L, S, M).transpose(1, 2)
         return self.now(x), [head(y) for head in self.later]
     def loss(self, batch):
@@ -502,8 +514,8 @@ class SeedTransformer(Learned):
         B, S, L, _ = x.shape
         rows = self.read(x).transpose(1, 2).reshape(B * L, S, -1) + self.positions[:S]
         hide = (batch["valid"] if self.as_shipped else ~batch["valid"]).repeat_interleave(L, 0)      # True = not to be attended to
-        causal = nn.Transformer.generate_square_subsequent_mask(S).bool()
-        y = self.net(rows, mask=None if self.as_shipped else causal.masked_fill(causal.isnan(), True), src_key_padding_mask=hide)
+        later = torch.ones(S, S, dtype=torch.bool, device=x.device).triu(1)
+        y = self.net(rows, mask=None if self.as_shipped else later, src_key_padding_mask=hide)
         return self.head(y).view(B, L, S, -1).transpose(1, 2)
 
 # %% ../nbs/51_predictors.ipynb #cfea97f2-2
@@ -597,14 +609,15 @@ def train_predictor(predictor: Learned, trace: Trace,
                     validation: Iterable[int] | None = None, # to watch: hit@1, any@5 and slot recall after some epochs
                     watch: Iterable[int] = (1, 2, 5, 10, 20),
                     seed: int = 0,                           # of the order and of dropout
+                    device: str | torch.device | None = None,# default: a GPU where there is one
                     progress: bool = True,
                    ) -> dict:                                # parameters, steps, seconds, waited, skipped, losses and what was watched
     "Train by AdamW; the weights after the last epoch stay, none are picked on the validation samples."
     samples, columns = list(samples), predictor.columns()
     if recipe.by_layer and not predictor.pooled: raise ValueError(f"{type(predictor).__name__} has weights for each layer and cannot learn from one layer at a time: by_layer must be False")
     if recipe.loss: predictor.loss_name = recipe.loss
-    first = _examples(predictor, trace, samples, recipe, columns)
-    with torch.no_grad(): predictor.prepare(_join(first))
+    predictor.to(device := default_device(device))
+    with torch.no_grad(): predictor.prepare(move(_join(_examples(predictor, trace, samples, recipe, columns)), device))
     options = dict(batch=recipe.batch, samples=samples, length=recipe.length, group=recipe.group, by_layer=recipe.by_layer)
     per_epoch = len(trace.batches(columns, seed=seed, **options))
     steps, step, log = per_epoch * recipe.epochs, 0, {"losses": [], "watched": [], "skipped": 0, "waited": 0.0}
@@ -617,7 +630,7 @@ def train_predictor(predictor: Learned, trace: Trace,
             predictor.train()
             for batch in loader:
                 for group in optimizer.param_groups: group["lr"] = recipe.lr * _pace(recipe, step, steps, per_epoch)
-                loss = predictor.loss(batch)
+                loss = predictor.loss(move(batch, device))
                 step += 1
                 bar.update()
                 if not loss.isfinite():
@@ -635,7 +648,7 @@ def train_predictor(predictor: Learned, trace: Trace,
                 before = time.perf_counter()
                 log["watched"].append({"epoch": epoch + 1, **_watch(predictor, trace, validation)})
                 watching += time.perf_counter() - before
-    log |= {"parameters": sum(p.numel() for p in predictor.parameters()), "steps": step, "seconds": round(time.perf_counter() - started - watching, 3), "waited": round(log["waited"], 4)}
+    log |= {"device": str(device), "parameters": sum(p.numel() for p in predictor.parameters()), "steps": step, "seconds": round(time.perf_counter() - started - watching, 3), "waited": round(log["waited"], 4)}
     predictor.eval()
     return log
 
@@ -683,7 +696,7 @@ def tally(predictors: dict[str, Predictor],     # ready to use
             target = targets(b, trace.num_experts)[valid]
             document = torch.tensor([documents[s] for s in b["sample"].tolist()])[:, None].expand_as(valid)[valid]
             for name, p in predictors.items():
-                scores = p.eval()(b)[valid].float()
+                scores = p.eval()(move(b, p.device)).cpu()[valid].float()
                 broken = scores.isnan()
                 out[name].broken += int(broken.any(-1).any(-1).sum())
                 scores = scores.masked_fill(broken, -1e9)
@@ -766,6 +779,7 @@ def evaluate_predictors(trace: Trace,
                         baselines: bool = True,                             # add every guess that costs nothing
                         seed: int = 0,
                         watch: Iterable[int] = (),                          # epochs after which to look at the validation samples
+                        device: str | torch.device | None = None,           # to train on; default: a GPU where there is one
                         progress: bool = True,
                        ) -> Evaluation:
     "Train predictors of one horizon and judge them beside every baseline, on documents none of them has seen."
@@ -781,7 +795,7 @@ def evaluate_predictors(trace: Trace,
         if name in made: continue
         made[name] = make_predictor(what, horizon, trace, seed, **settings)
         kinds[name] = PREDICTORS[what].kind
-        if isinstance(made[name], Learned): logs[name] = train_predictor(made[name], trace, train, recipe, held if watch else None, watch, seed, progress)
+        if isinstance(made[name], Learned): logs[name] = train_predictor(made[name], trace, train, recipe, held if watch else None, watch, seed, device, progress)
         else:
             for batch in trace.batches(("token_id", "experts"), batch=32, samples=train): made[name].count(batch)
     possible = {n: p.needs <= horizon.knows for n, p in made.items()}
@@ -797,7 +811,7 @@ def rank_tokens(predictor: Predictor, trace: Trace,
     out = []
     with torch.inference_mode():
         for b in _sequences({"it": predictor}, trace, list(samples), 16):
-            ids = predictor.eval()(b)[b["valid"]].nan_to_num(-1e9).topk(m, -1).indices
+            ids = predictor.eval()(move(b, predictor.device)).cpu()[b["valid"]].nan_to_num(-1e9).topk(m, -1).indices
             ids[:, :predictor.horizon.first] = trace.num_experts
             out.append(ids.to(torch.int16))
     return torch.cat(out)

@@ -514,8 +514,9 @@ def worth(ahead: Replay,                   # a policy that prefetches
     ours, theirs = (serving_time(r, bandwidth, compute_ms, latency_ms) for r in (ahead, best))
     limit = break_even(ahead, best, compute_ms, latency_ms)
     unit = theirs["sample_ms"].sum() / ahead.num_tokens                   # relative, so that nothing overflows
-    try: saved = _by_document(theirs["sample_ms"] / unit, ours["sample_ms"] / unit, ahead.sample_tokens, documents)
-    except ValueError: saved = Interval(1 - ours["ms_per_token"] / unit, -np.inf, np.inf)              # one document says nothing of others
+    if len(set(range(len(ahead.sample_tokens)) if documents is None else documents)) > 1:
+        saved = _by_document(theirs["sample_ms"] / unit, ours["sample_ms"] / unit, ahead.sample_tokens, documents)
+    else: saved = Interval(1 - ours["ms_per_token"] / unit, -np.inf, np.inf)                           # one document says nothing of others
     verdict = "pays" if saved.low > 0 else "does not pay" if saved.high <= 0 else "undecided"
     where = "nowhere" if limit == np.inf else "at every bandwidth" if not limit else f"above {limit:.3g} GB/s"
     used = "nothing was fetched" if ahead.useful_ratio is None else f"{100 * ahead.useful_ratio:.0f} % of the fetches were used"

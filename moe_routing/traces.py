@@ -230,18 +230,6 @@ class Recorder:
         elif not self.own: self.head.setdefault("gates", "recorded under a rule: what the model itself would have chosen is not known")
         if "gates" not in self.head: self.numbers = [_own_numbers(layer, model) for layer in layers]
 
-    @contextmanager
-    def listen(self) -> Iterator["Recorder"]:
-        "Hear what enters the decoder layers while the block lasts; `record` does this, who calls `route` alone needs it where keep has 'pre_attention'."
-        handles = []
-        def enter(name, module, args, kwargs): self.entered[name] = _entering(name, args, kwargs)
-        try:
-            for name, module in self.decoders.items(): handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
-            self.listening = True
-            yield self
-        finally:
-            for handle in handles: handle.remove()
-            self.listening, self.entered = False, {}
     def start(self, sample_ids: list, texts: list[str], eos_token_id: int | list[int] | None = None, datasets: list[str] | None = None, documents: list | None = None) -> None:
         "The next forward holds these samples, one a row of the batch, of these data sets and documents. Give `eos_token_id` before generating."
         first = self.head["samples"] + len(self.samples)
@@ -250,22 +238,6 @@ class Recorder:
         self.samples += [{"id": i, "preview": t[:100], "loss": None, "tokens": 0, "dataset": d, "document": doc, "forward": self.head["forwards"] + self.held}
                          for i, t, d, doc in zip(sample_ids, texts, datasets, documents or sample_ids, strict=True)]
         self.eos, self.ended = None if eos_token_id is None else torch.as_tensor(eos_token_id), torch.zeros(len(sample_ids), dtype=torch.bool)
-    def observe(self, context: Context, routing: Routing, hidden: Tensor) -> None:
-        "One layer of one forward; called by `route`."
-        if self.current is None: raise RuntimeError("the recorder heard a forward before start(sample_ids, texts) said whose it is")
-        if context.layer != len(self.forward):
-            raise RuntimeError(f"missing layers: layer {context.layer} of {self.num_layers} came when layer {len(self.forward)} was due")
-        if context.layer == 0: self._begin_forward(context)
-        wide = {"sum": routing.logits.sum(-1)}             # NaN and infinity survive a sum
-        if "logits" in self.keep: wide["logits"] = routing.logits
-        if "p_values" in self.keep:
-            if "p_values" not in routing.extras: raise ValueError("keep has 'p_values', but this rule computes none: make it with keep_p_values=True")
-            wide["p_values"] = routing.extras["p_values"].float()
-        if context.layer in self.hidden_layers: self._keep_hidden(context.layer, hidden)
-        if self.numbers and len(self.gates) == context.layer:
-            self.gates.append(_prove_gate(*self.numbers[context.layer], *(self._valid(x) for x in (hidden, routing.logits, routing.experts))))
-        self.forward.append((routing.experts.to(id_dtype(self.num_experts)), routing.weights, wide))
-        if len(self.forward) == self.num_layers: self._finish_forward(context, routing)
     def end(self, losses: list[float] | None = None) -> None:
         "The samples of `start` are through; their losses in nats a token."
         if self.forward: raise RuntimeError(f"missing layers: a forward ended after {len(self.forward)} of {self.num_layers} MoE layers")
@@ -278,6 +250,39 @@ class Recorder:
         self.head["complete"] = True
         _write_json(self.folder / "trace.json", self.head)
         return Trace.open(self.folder)
+
+# %% ../nbs/50_traces.ipynb #cbb94365
+@contextmanager
+def _listen(self: Recorder) -> Iterator["Recorder"]:
+    "Hear what enters the decoder layers while the block lasts; `record` does this, who calls `route` alone needs it where keep has 'pre_attention'."
+    handles = []
+    def enter(name, module, args, kwargs): self.entered[name] = _entering(name, args, kwargs)
+    try:
+        for name, module in self.decoders.items(): handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+        self.listening = True
+        yield self
+    finally:
+        for handle in handles: handle.remove()
+        self.listening, self.entered = False, {}
+
+def _observe(self: Recorder, context: Context, routing: Routing, hidden: Tensor) -> None:
+    "One layer of one forward; called by `route`."
+    if self.current is None: raise RuntimeError("the recorder heard a forward before start(sample_ids, texts) said whose it is")
+    if context.layer != len(self.forward):
+        raise RuntimeError(f"missing layers: layer {context.layer} of {self.num_layers} came when layer {len(self.forward)} was due")
+    if context.layer == 0: self._begin_forward(context)
+    wide = {"sum": routing.logits.sum(-1)}             # NaN and infinity survive a sum
+    if "logits" in self.keep: wide["logits"] = routing.logits
+    if "p_values" in self.keep:
+        if "p_values" not in routing.extras: raise ValueError("keep has 'p_values', but this rule computes none: make it with keep_p_values=True")
+        wide["p_values"] = routing.extras["p_values"].float()
+    if context.layer in self.hidden_layers: self._keep_hidden(context.layer, hidden)
+    if self.numbers and len(self.gates) == context.layer:
+        self.gates.append(_prove_gate(*self.numbers[context.layer], *(self._valid(x) for x in (hidden, routing.logits, routing.experts))))
+    self.forward.append((routing.experts.to(id_dtype(self.num_experts)), routing.weights, wide))
+    if len(self.forward) == self.num_layers: self._finish_forward(context, routing)
+
+Recorder.listen, Recorder.observe = _listen, _observe
 
 # %% ../nbs/50_traces.ipynb #c79fa3c5
 def _valid_rows(self, context: Context) -> Tensor:
@@ -646,56 +651,63 @@ class Batches:
         try: return next(self.stream)
         finally: self.waited += perf_counter() - start
 
-    def _read(self, shards: list[tuple[dict, int]]) -> list[_Item]:
-        "The items of some shards."
-        wanted, items = {*self.names, "sample"} | ({"experts", "weights", "offsets"} if {"experts", "weights"} & set(self.names) else set()), []
-        for shard, first in shards:
-            with safe_open(self.trace.folder / shard["file"], "pt") as f: columns = {k: f.get_tensor(k) for k in f.keys() if k in wanted}
-            if "experts" in columns: columns["experts"], columns["weights"] = unpack(columns, self.trace.num_layers, self.trace.num_experts)
-            number = columns.pop("sample").long()
-            if (number.diff() < 0).any():                        # while generating, the rows of the samples alternate
-                order = number.argsort(stable=True)
-                number, columns = number[order], {k: v[order] for k, v in columns.items() if k != "offsets"}
-            start = 0
-            for i, n in enumerate(torch.bincount(number - first).tolist(), first):
-                if n and (self.samples is None or i in self.samples):
-                    one = {k: columns[k][start:start + min(n, self.length or n)] for k in self.names}
-                    items += [_Item(one, i, layer) for layer in self.layers]
-                start += n
-        return items
-    def _groups(self) -> Iterator[list[_Item]]:
-        "Groups of items, the next one read in a thread."
-        mixed = lambda things: things if self.generator is None else [things[i] for i in torch.randperm(len(things), generator=self.generator).tolist()]
-        shards = mixed(self.shards)
-        groups = [shards[i:i + self.group] for i in range(0, len(shards), self.group)]
-        if not self.ahead:
-            for group in groups: yield mixed(self._read(group))
-            return
-        with ThreadPoolExecutor(1) as thread:
-            coming = thread.submit(self._read, groups[0]) if groups else None
-            for group in [*groups[1:], None]:
-                items, coming = coming.result(), thread.submit(self._read, group) if group else None
-                yield mixed(items)
-    def _run(self) -> Iterator[dict]:
-        left = []
-        for items in self._groups():
-            left += items
-            while len(left) >= self.batch:
-                yield _padded(left[:self.batch], self.axes, self.trace.num_experts)
-                del left[:self.batch]
-        if left: yield _padded(left, self.axes, self.trace.num_experts)
-    def _early(self, depth: int = 4) -> Iterator[dict]:
-        "The same batches, a few of them put together in a thread before they are asked for."
-        stream = self._run()
-        with ThreadPoolExecutor(1) as thread:
-            coming = deque(thread.submit(next, stream, None) for _ in range(depth))
-            try:
-                while (batch := coming.popleft().result()) is not None:
-                    coming.append(thread.submit(next, stream, None))
-                    yield batch
-            finally:
-                for later in coming: later.cancel()
-        stream.close()
+# %% ../nbs/50_traces.ipynb #c3632d9f
+def _read_items(self: Batches, shards: list[tuple[dict, int]]) -> list[_Item]:
+    "The items of some shards."
+    wanted, items = {*self.names, "sample"} | ({"experts", "weights", "offsets"} if {"experts", "weights"} & set(self.names) else set()), []
+    for shard, first in shards:
+        with safe_open(self.trace.folder / shard["file"], "pt") as f: columns = {k: f.get_tensor(k) for k in f.keys() if k in wanted}
+        if "experts" in columns: columns["experts"], columns["weights"] = unpack(columns, self.trace.num_layers, self.trace.num_experts)
+        number = columns.pop("sample").long()
+        if (number.diff() < 0).any():                        # while generating, the rows of the samples alternate
+            order = number.argsort(stable=True)
+            number, columns = number[order], {k: v[order] for k, v in columns.items() if k != "offsets"}
+        start = 0
+        for i, n in enumerate(torch.bincount(number - first).tolist(), first):
+            if n and (self.samples is None or i in self.samples):
+                one = {k: columns[k][start:start + min(n, self.length or n)] for k in self.names}
+                items += [_Item(one, i, layer) for layer in self.layers]
+            start += n
+    return items
+def _item_groups(self: Batches) -> Iterator[list[_Item]]:
+    "Groups of items, the next one read in a thread."
+    mixed = lambda things: things if self.generator is None else [things[i] for i in torch.randperm(len(things), generator=self.generator).tolist()]
+    shards = mixed(self.shards)
+    groups = [shards[i:i + self.group] for i in range(0, len(shards), self.group)]
+    if not self.ahead:
+        for group in groups: yield mixed(self._read(group))
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(self._read, groups[0]) if groups else None
+        for group in [*groups[1:], None]:
+            items, coming = coming.result(), thread.submit(self._read, group) if group else None
+            yield mixed(items)
+
+Batches._read, Batches._groups = _read_items, _item_groups
+
+# %% ../nbs/50_traces.ipynb #c8f67251
+def _run(self: Batches) -> Iterator[dict]:
+    left = []
+    for items in self._groups():
+        left += items
+        while len(left) >= self.batch:
+            yield _padded(left[:self.batch], self.axes, self.trace.num_experts)
+            del left[:self.batch]
+    if left: yield _padded(left, self.axes, self.trace.num_experts)
+def _early(self: Batches, depth: int = 4) -> Iterator[dict]:
+    "The same batches, a few of them put together in a thread before they are asked for."
+    stream = self._run()
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(next, stream, None) for _ in range(depth))
+        try:
+            while (batch := coming.popleft().result()) is not None:
+                coming.append(thread.submit(next, stream, None))
+                yield batch
+        finally:
+            for later in coming: later.cancel()
+    stream.close()
+
+Batches._run, Batches._early = _run, _early
 
 # %% ../nbs/50_traces.ipynb #cd3ee549
 def _batches(self: Trace,
@@ -730,7 +742,8 @@ def _gates(self: Trace) -> list[LinearGate]:       # L gates; call one with hidd
 def own_gate(trace: Trace,                         # recorded with keep=("hidden",)
              samples: Iterable[int] | None = None, # sample numbers; default all
             ) -> list[dict]:                       # one row a kept layer: layer, tokens, ties, agreement
-    "The control of every prediction: how often the stored gate, given its own input, chooses the experts that were recorded; ties are counted apart."
+    """The control of every prediction: how often the stored gate, given its own input, chooses the experts that were recorded; ties are counted apart.
+    Exactly 100 on every layer, unless hidden states were stored in a narrower type than the gate computes in."""
     gates, kept = trace.gates(), trace.head["hidden_layers"]
     sums = torch.zeros(len(kept), 3, dtype=torch.int64)           # tokens, ties, agreements without a tie
     for batch in trace.batches(("hidden", "experts"), samples=samples):
@@ -814,8 +827,8 @@ def _mixed_texts(name: str, seed: int, shortest: int, buffer: int, **where) -> I
     rng.shuffle(held)
     yield from held
 
-def _look(name: str, need: int, tokenizer, max_length: int, shortest: int, probe: int = 64, **where) -> float:
-    "Mean tokens of the texts of a data set; ValueError when it has too few."
+def _look(name: str, need: int, tokenizer, max_length: int, shortest: int, probe: int = 64, **where) -> tuple[float, int]:
+    "Mean tokens of the texts of a data set, and how many of the `need` it has; ValueError when it has none."
     found, short, lengths = 0, 0, []
     for text in stream_text(name, **where):
         if len(text["text"].strip()) <= shortest: short += 1; continue
@@ -823,9 +836,7 @@ def _look(name: str, need: int, tokenizer, max_length: int, shortest: int, probe
         if found % max(need // probe, 1) == 0 or found == 1: lengths.append(min(len(tokenizer(text["text"], truncation=True, max_length=max_length).input_ids), max_length))
         if found == need: break
     if not found: raise ValueError(f"data set {name!r} has no usable text: {short} texts are empty or have at most {shortest} characters; lower min_characters or choose other data sets")
-    if found < need: raise ValueError(f"data set {name!r} has {found} texts of more than {shortest} characters, {need} are needed: collect fewer traces (at most "
-                                      f"{found / need:.0%} of these), name another split, or choose other data sets")
-    return sum(lengths) / len(lengths)
+    return sum(lengths) / len(lengths), found
 
 # %% ../nbs/50_traces.ipynb #c4585cc2
 def _encode(tokenizer, texts: list[str], max_length: int) -> tuple[Tensor, Tensor]:
@@ -869,7 +880,10 @@ def collect(model, tokenizer,
     L, where = len(layers), dict(source=source, split=split, settings=settings)
     forwards = math.ceil(math.ceil(traces / L) / len(names)) * len(names)
     each = forwards // len(names)
-    lengths = [_look(name, each * batch, tokenizer, max_length, min_characters - 1, **where) for name in names]
+    lengths, found = zip(*(_look(name, each * batch, tokenizer, max_length, min_characters - 1, **where) for name in names))
+    if (least := min(found)) < each * batch:
+        raise ValueError(f"data set {names[found.index(least)]!r} has {least} texts of at least {min_characters} characters, {each * batch} are needed: collect at most "
+                         f"traces = {least // batch * L * len(names)}, name another split, or choose other data sets")
     about = {"name": "+".join(names), "names": names, "source": source, "split": split, "batch": batch, "max_length": max_length, "min_characters": min_characters, "seed": seed, "buffer": buffer}
     recorder = Recorder(folder, model, None, keep, dataset=about, shard_forwards=max(1, round(shard / L)), layers=layers, **options)
     done, tokens = recorder.head["forwards"], round(sum(lengths) * each * batch)
