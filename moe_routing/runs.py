@@ -306,7 +306,7 @@ def _run_names(points: list[dict], ids: list[str]) -> list[str]:
     "Readable and unique: the values that differ between the runs, and six digits of the id."
     keys = [k for k in dict.fromkeys(k for p in points for k in p) if k not in ("group",)]
     varied = [k for k in keys if len({json.dumps(p.get(k), sort_keys=True) for p in points}) > 1]
-    return ["-".join([*(_slug(p[k]) for k in varied if not isinstance(p.get(k), (bool, type(None)))), i[:6]]) for p, i in zip(points, ids)]
+    return ["-".join([*filter(None, (_slug(p[k]) for k in varied if not isinstance(p.get(k), (bool, type(None))))), i[:6]]) for p, i in zip(points, ids)]
 
 # %% ../nbs/70_runs.ipynb #cf351fdc
 def plan_study(name: str,                          # a file papermill_runs/studies/<name>.yaml, or a path to one

@@ -196,3 +196,9 @@ def test_never_more_runs_start_than_there_are_gpus(lab):
 def test_faulty_studies_name_file_and_fault(lab, text, words):
     (lab / "papermill_runs" / "studies" / "demo.yaml").write_text(text)
     with pytest.raises(ValueError, match=words): runs.plan_study("demo", root=lab)
+
+
+def test_names_of_runs_are_never_taken_for_options(root):
+    "A value without letters or digits, such as an empty recipe, must not leave a name that begins with a dash."
+    for study in sorted((root / "papermill_runs" / "studies").glob("*.yaml")):
+        for name in runs.plan_study(study.stem, root=root).runs: assert name[0].isalnum() and "--" not in name, (study.stem, name)
