@@ -141,25 +141,25 @@ class _Store:
         self.heap.clear()
         self.gone = [-1] * self.items
 
-# %% ../nbs/52_prefetch.ipynb #ca4b2394
-def _lowest(store: _Store, guard: int, forced: bool) -> int:
-    "The item to evict: neither pinned at or after `guard` nor held; a held one when forced. -1: none."
+# %% ../nbs/52_prefetch.ipynb #c3bb6fcc
+def _lowest(store: _Store, count: int, guard: int, forced: bool) -> list[int]:
+    "The items to evict: neither pinned at or after `guard` nor held; held ones when forced and there are no others. May be fewer than `count`."
     items, rank, cached, pinned, held, heap = store.items, store.rank, store.cached, store.pinned, store.held, store.heap
-    aside, found = [], -1
-    while heap:
+    aside, found = [], []
+    while heap and len(found) < count:
         k = heappop(heap)
         i = k % items
         if rank[i] != k or not cached[i]: continue
         if pinned[i] >= guard or held[i]: aside.append(k)
-        else:
-            found = i
-            break
-    if found < 0 and forced: found = next((k % items for k in aside if pinned[k % items] < guard), -1)
-    for k in aside: heappush(heap, k)
+        elif i not in found: found.append(i)
+    for k in aside:
+        i = k % items
+        if forced and len(found) < count and pinned[i] < guard and i not in found: found.append(i)
+        else: heappush(heap, k)
     return found
 
 def _any(store: _Store, guard: int, forced: bool) -> int:
-    "As `_lowest`, but any item with equal probability."
+    "Any item that may go, with equal probability; -1: none."
     for _ in range(8):                                     # most draws are allowed; only a nearly pinned cache needs the list
         i = store.slots[store.rng.randrange(len(store.slots))]
         if store.pinned[i] < guard and not store.held[i]: return i
@@ -167,10 +167,13 @@ def _any(store: _Store, guard: int, forced: bool) -> int:
     free = [i for i in able if not store.held[i]] or (able if forced else [])
     return store.rng.choice(free) if free else -1
 
-def _evict(store: _Store, guard: int, forced: bool, token: int) -> bool:
-    i = (_lowest if store.rng is None else _any)(store, guard, forced)
-    if i >= 0: store.drop(i, token)
-    return i >= 0
+def _evict(store: _Store, count: int, guard: int, forced: bool, token: int) -> None:
+    "Evict so many items, or as many as may go."
+    if store.rng is None:
+        for i in _lowest(store, count, guard, forced): store.drop(i, token)
+    else:
+        for _ in range(count):
+            if store.slots and (i := _any(store, guard, forced)) >= 0: store.drop(i, token)
 
 def _refill(store: _Store, need: list, token: int) -> None:
     "After a step that needs more than fits: the best of what was there and what was needed."
@@ -204,9 +207,9 @@ def _fetch(store: _Store, wanted: list, guard: int, issue: int, token: int) -> i
     "Hold what is predicted and load what is missing; the number of loads."
     count = 0
     for i in wanted: store.held[i] += 1
-    for i in wanted:
-        if store.cached[i]: continue
-        if store.size >= store.capacity and not _evict(store, guard, False, token): break
+    missing = [i for i in dict.fromkeys(wanted) if not store.cached[i]]
+    if (short := len(missing) + store.size - store.capacity) > 0: _evict(store, short, guard, False, token)
+    for i in missing[:store.capacity - store.size]:
         store.add(i)
         store.fresh[i], store.source[i] = 1, issue << 16 | count
         count += 1
@@ -254,9 +257,8 @@ def _serve(s: _Stream, capacity: int, speculative: np.ndarray, rng: Random | Non
             for i in missed: collisions += gone[i] == token
             if len(need) > capacity: _refill(store, need, token)
             else:
-                for i in missed:
-                    if store.size >= capacity: _evict(store, j, True, token)
-                    store.add(i)
+                if (short := len(missed) + store.size - capacity) > 0: _evict(store, short, j, True, token)
+                for i in missed: store.add(i)
         if len(heap) > 4 * store.size + 1024: store.rebuild()
     return np.array(misses), np.array(waits), useful, collisions
 
@@ -446,8 +448,8 @@ def expert_size(config_or_model,                  # a transformers MoE as it is 
     each = sum(sum(p.numel() / p.shape[0] for p in ps) for ps in fused) / len(fused)
     return each * (dtype or getattr(config_or_model, "dtype", None) or torch.float32).itemsize
 
-# %% ../nbs/52_prefetch.ipynb #c34b42e3
-def _stalls(r: Replay, load_ms: float, compute_ms: float) -> np.ndarray:
+# %% ../nbs/52_prefetch.ipynb #ccbb6705
+def _stalls(r: Replay, load_ms: float, compute_ms: float, known_ms: float = 0) -> np.ndarray:
     "(T L,) milliseconds that each step waits for its experts."
     if not r.fetched: return r.demand * load_ms
     gate, free, begun, stalls = 0.0, 0.0, [0.0] * len(r.demand), [0.0] * len(r.demand)
@@ -456,7 +458,7 @@ def _stalls(r: Replay, load_ms: float, compute_ms: float) -> np.ndarray:
         if demand: ready = free = max(free, gate) + demand * load_ms
         if wait >= 0: ready = max(ready, begun[wait >> 16] + ((wait & 0xffff) + 1) * load_ms)
         if fetched:
-            begun[j] = max(free, gate)
+            begun[j] = max(free, ready + known_ms if known_ms else gate)
             free = begun[j] + fetched * load_ms
         stalls[j] = ready - gate
         gate = ready + compute_ms
@@ -472,11 +474,13 @@ def serving_time(r: Replay,
                  bandwidth: float,          # of the link, GB/s (10^9 bytes)
                  compute_ms: float,         # of one token-layer: attention and experts
                  latency_ms: float = 0,     # of each load
+                 known_ms: float = 0,       # a guess is there so long after the experts of the step that issues it; 0: at its gate
                 ) -> dict:                  # ms_per_token, stall_ms_per_token, tokens_per_s, link_ms_per_token, and sample_ms (S,)
     "Simulated time of one stream of tokens through the replayed cache."
     load = _load_ms(r, bandwidth, compute_ms, latency_ms)
+    in_range(known_ms, 0, compute_ms, "known_ms (at most compute_ms)")
     steps = np.repeat(np.arange(len(r.sample_tokens)), r.sample_tokens * r.num_layers)
-    sample_ms = np.bincount(steps, _stalls(r, load, compute_ms)) + r.sample_tokens * r.num_layers * compute_ms
+    sample_ms = np.bincount(steps, _stalls(r, load, compute_ms, known_ms)) + r.sample_tokens * r.num_layers * compute_ms
     ms = float(sample_ms.sum() / r.num_tokens)
     return {"ms_per_token": ms, "stall_ms_per_token": ms - r.num_layers * compute_ms, "tokens_per_s": 1000 / ms, "link_ms_per_token": r.loads * load / r.num_tokens, "sample_ms": sample_ms}
 
@@ -485,12 +489,13 @@ def break_even(ahead: Replay,              # a policy that prefetches
                demand: Replay,             # the demand policy it is compared with, same trace
                compute_ms: float,          # of one token-layer
                latency_ms: float = 0,      # of each load
+               known_ms: float = 0,         # as for `serving_time`
               ) -> float:                  # GB/s; above it prefetching is faster. 0: at every bandwidth; inf: at none
     "The bandwidth at which prefetching stops being faster. Load times from a thousandth of the computation to 10^5 times it are searched."
     _load_ms(ahead, 1, compute_ms, latency_ms)
     if demand.fetched or len(ahead.demand) != len(demand.demand) or ahead.expert_bytes != demand.expert_bytes:
         raise ValueError("break_even compares a prefetching replay with a demand replay of the same trace and the same expert_bytes")
-    slower = lambda load: _stalls(ahead, load, compute_ms).sum() >= demand.misses * load * (1 - 1e-9)
+    slower = lambda load: _stalls(ahead, load, compute_ms, known_ms).sum() >= demand.misses * load * (1 - 1e-9)
     fast, slow = max(latency_ms, compute_ms / 1000), compute_ms * 1e5
     if slower(fast): return float("inf")
     if not slower(slow): return 0.0
@@ -505,14 +510,15 @@ def worth(ahead: Replay,                   # a policy that prefetches
           bandwidth: float,                # GB/s
           compute_ms: float,               # of one token-layer
           latency_ms: float = 0,           # of each load
+          known_ms: float = 0,              # as for `serving_time`
           documents=None,                  # (S,) label of the document of each sample
          ) -> dict:                        # saved share of the time with interval, tokens_per_s of both, break_even, verdict, words
     "Does prefetching pay against the best demand policy? Accuracy is not speed."
     peers = [r for r in demand if r.policy != "belady" and not r.fetched]
     if not peers: raise ValueError("demand holds no policy that could be run: give at least one without prefetching that is not belady")
     best = min(peers, key=lambda r: r.misses)
-    ours, theirs = (serving_time(r, bandwidth, compute_ms, latency_ms) for r in (ahead, best))
-    limit = break_even(ahead, best, compute_ms, latency_ms)
+    ours, theirs = (serving_time(r, bandwidth, compute_ms, latency_ms, known_ms) for r in (ahead, best))
+    limit = break_even(ahead, best, compute_ms, latency_ms, known_ms)
     unit = theirs["sample_ms"].sum() / ahead.num_tokens                   # relative, so that nothing overflows
     if len(set(range(len(ahead.sample_tokens)) if documents is None else documents)) > 1:
         saved = _by_document(theirs["sample_ms"] / unit, ours["sample_ms"] / unit, ahead.sample_tokens, documents)
