@@ -232,3 +232,21 @@ def test_shift_by_more_than_there_is():
     x = torch.ones(2, 3, 1)
     assert torch.equal(shift(x, 5, 1), torch.zeros_like(x)) and torch.equal(shift(x, 0, 1), x)
     assert COVERAGE == (1, 3, 5, 8, 10, 12, 15, 20, 25, 30)
+
+
+def test_from_a_checkpoint_in_four_bits_to_the_table(tmp_path):
+    "The documented way for Qwen1.5-MoE on a small model of its class: quantise the experts, collect, keep the control exact, predict."
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    from moe_routing.models import load_model
+    _, tokenizer = tiny_model(steps=1, batch=2, length=32, hidden=32, intermediate=16, layers=2, heads=2, num_experts=16, top_k=3, progress=False, cache=False)
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, moe_intermediate_size=64, shared_expert_intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+                            num_experts=12, num_experts_per_tok=4)
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model, tokenizer = load_model(str(tmp_path / "model"), quantize="4bit", dtype="float32")
+    trace = collect(model, tokenizer, tmp_path / "trace", datasets="embedded", traces=45, batch=4, max_length=32, shard=30, keep=("hidden", "pre_attention"), split="calibration", progress=False)
+    found = evaluate_predictors(trace, "pre_attention", ["linear"], make_recipe(epochs=2), progress=False)
+    assert found.value("own_gate", "exact", slice(None)) == 1 and trace.head["family"] == "qwen2_moe"
+    assert found.value("linear", "recall@4") > found.value("random", "recall@4") + .05
