@@ -239,8 +239,9 @@ def must_reach(runs: pd.DataFrame | None) -> pd.DataFrame:     # what, at least,
     protocol = runs_of(runs, "seed_protocol")
     seconds = sum(t["seconds"] for t in protocol[0].notes["training"].values()) if protocol else None
     line("the seed's protocol, training", "within 10 minutes", seconds and f"{seconds / 60:.1f} minutes on {_device(protocol[0])}", seconds and seconds <= 600)
-    waits = [t["waited"] / t["seconds"] for r in ([] if runs is None else runs.itertuples()) for t in r.notes["training"].values() if t["seconds"]]
-    line("waiting for data, share of training time", "under 5 %", f"{percent(max(waits))} % in the worst run" if waits else None, waits and max(waits) < .05)
+    logs = [t for n in ([] if runs is None else runs.notes) for t in n["training"].values() if t["seconds"]]
+    waited = sum(t["waited"] for t in logs) / sum(t["seconds"] for t in logs) if logs else None
+    line("waiting for data, share of training time", "under 5 %", f"{percent(waited)} % of all training, {percent(max(t['waited'] / t['seconds'] for t in logs))} % in the worst run" if logs else None, logs and waited < .05)
     return pd.DataFrame(rows)
 
 def _device(run) -> str:
@@ -675,7 +676,7 @@ def share_by(runs: pd.DataFrame | None, epoch: int = 10, tolerance: float = MARG
     low, high = (v / PUBLISHED["hit@1"] for v in PROGRESSION[epoch][0])
     run, base = _simple(runs), (f"by epoch {epoch} {f'{100 * low:.0f}-' if low < high else ''}{100 * high:.0f} % of the final Top-1 is reached", "Expected Training Progression", f"hit@1 at epoch {epoch} over that at the last epoch")
     seen = watched(run, "seed_simple") if run is not None else {}
-    if epoch not in seen or len(seen) < 2: return Verdict(*base, "undecided", "the protocol has not been run, or was not watched then")
+    if epoch not in seen or max(seen) <= epoch: return Verdict(*base, "undecided", "the protocol has not been run, or was not watched then")
     ours = seen[epoch]["hit@1"] / seen[max(seen)]["hit@1"]
     word = "confirmed" if low - tolerance <= ours <= high + tolerance else "corrected" if ours > high else "refuted"
     return Verdict(*base, word, f"{percent(ours)} % here; {percent(seen[epoch]['hit@1'])} of {percent(seen[max(seen)]['hit@1'])} %")
@@ -716,10 +717,14 @@ def prefetching(runs: pd.DataFrame | None) -> Verdict:
     text = "; ".join(f"{TITLES[r['horizon']]}, {r['guess']}: {r['word']}, {span(r)}" + (f" (oracle {percent(bound[r['horizon']])})" if r["horizon"] in bound else "") for r in rows)
     return Verdict(*base, word, f"{text}{_assumed(runs)}; the seed's own predictor has a lead of {HORIZONS['own_gate'].ahead:g} layers: nothing can be fetched ahead by it")
 
-def _assumed(runs: pd.DataFrame) -> str:
-    "The link and the cache that replays assume."
-    said = [f"{n.replace('_', ' ')} {', '.join(f'{v:g}' for v in sorted(pd.to_numeric(runs[n], errors='coerce').dropna().unique()))}" for n in ("bandwidth", "capacity", "expert_mb", "layer_ms", "attention_share") if n in runs and pd.to_numeric(runs[n], errors="coerce").notna().any()]
-    return f"; at {', '.join(said)}" if said else ""
+def _assumed(runs: pd.DataFrame | None) -> str:
+    "The link and the cache that the replays assume, as far as the runs' parameters say."
+    if runs is None: return ""
+    part, said = runs[[bool(n.get("replay")) for n in runs.notes]], []
+    for name, text in (("bandwidth", "{} GB/s"), ("capacity", "a cache of {} of a layer's experts"), ("expert_mb", "experts of {} MB"), ("layer_ms", "{} ms of computing a layer"), ("attention_share", "{} of it attention")):
+        values = pd.to_numeric(part[name], errors="coerce").dropna().unique() if name in part else []
+        if len(values): said.append(text.format("/".join(f"{v:g}" for v in sorted(values))))
+    return f" (assumed: {', '.join(said)})" if said else ""
 
 # %% ../nbs/76_prediction_report.ipynb #c6ca3931
 def seed_verdicts(runs: pd.DataFrame | None,        # from `prediction_runs`
