@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['template_path', 'template_parameters', 'resolve_parameters', 'visible_gpus', 'result_settings', 'run_id', 'code_hash',
-           'write_atomic', 'Run', 'run_template', 'Plan', 'plan_study', 'run_state', 'load_runs', 'recover', 'execute',
-           'parse_overrides', 'study_status', 'failures', 'run_study', 'print_status']
+           'code_at', 'write_atomic', 'Run', 'run_template', 'Plan', 'plan_study', 'run_state', 'load_runs', 'recover',
+           'execute', 'parse_overrides', 'study_status', 'failures', 'run_study', 'print_status']
 
 # %% ../nbs/70_runs.ipynb #c8399db2
 import ast
@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -89,36 +90,114 @@ def _package() -> Path:
     from importlib.util import find_spec
     return Path(find_spec("moe_routing").origin).parent
 
-def _imports(source: str) -> set[str]:
-    "Names of the moe_routing modules that a piece of Python imports, relative imports included."
-    lines = [l for l in source.splitlines() if not l.lstrip().startswith(("%", "!"))]
-    found = set()
-    for node in ast.walk(ast.parse("\n".join(lines))):
-        if isinstance(node, ast.ImportFrom) and node.module and (node.level or node.module.startswith("moe_routing.")):
-            found.add(node.module.removeprefix("moe_routing."))
-    return found
+def _in_folder(package: Path) -> dict[str, str]:
+    "Path inside the package -> source."
+    return {str(f.relative_to(package)): f.read_text() for f in package.rglob("*.py")}
 
-def _module_file(package: Path, name: str) -> Path | None:
+def _cells(template: str) -> str:
+    "The code of a notebook, given as text."
+    return "\n".join("".join(c["source"]) for c in json.loads(template)["cells"] if c["cell_type"] == "code")
+
+def _module_file(files: Iterable[str], name: str) -> str | None:
     "The file of a module given by its dotted name inside the package; relative imports may start in a subpackage."
-    for stem in (name, *(f"{sub.name}.{name}" for sub in package.iterdir() if sub.is_dir())):
-        path = package / (stem.replace(".", "/") + ".py")
-        if path.is_file(): return path
+    path = name.replace(".", "/") + ".py"
+    return path if path in files else next((f for f in sorted(files) if f.endswith("/" + path)), None)
+
+# %% ../nbs/70_runs.ipynb #cfb6cd43
+class _Source:
+    "One module, cut into its definitions: text and names used of each, what runs on import, and where imported names come from."
+    def __init__(self, text: str):
+        text = "\n".join("" if l.lstrip().startswith(("%", "!")) else l for l in text.splitlines())
+        self.lines, self.definitions, self.on_import, self.imports = text.splitlines(), {}, [], {}
+        for node in ast.parse(text).body: self._sort(node)
+    def _sort(self, node: ast.stmt) -> None:
+        if isinstance(node, ast.ImportFrom | ast.Import): return self.imports.update(_imported(node))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant): return
+        start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        part = ("\n".join(self.lines[start - 1:node.end_lineno]), {n.id for n in ast.walk(node) if isinstance(n, ast.Name)},
+                dict(i for n in ast.walk(node) if isinstance(n, ast.ImportFrom | ast.Import) for i in _imported(n).items()))
+        targets = getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(node, ast.Assign | ast.AnnAssign) else []
+        flat = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
+        owners = [t.id if isinstance(t, ast.Name) else getattr(getattr(t, "value", None), "id", None) for t in flat]     # `A.b = c` belongs to A
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name != "_": owners = [node.name]
+        if not owners or None in owners or any(isinstance(t, ast.Attribute) and o not in self.definitions for t, o in zip(flat, owners)): self.on_import.append(part)
+        elif owners != ["__all__"]:
+            for name in owners: self.definitions.setdefault(name, []).append(part)
+
+def _imported(node: ast.ImportFrom | ast.Import) -> dict[str, tuple[str, str]]:
+    "Local name -> (module, name there) of what comes from this package; a whole module has the name \"\"."
+    if isinstance(node, ast.Import):
+        return {a.asname or a.name: (a.name.removeprefix("moe_routing."), "") for a in node.names if a.name.startswith("moe_routing.")}
+    if not node.level and not (node.module or "").split(".")[0] == "moe_routing": return {}
+    module = (node.module or "") if node.level else node.module.partition(".")[2]
+    return {a.asname or a.name: (module, a.name) if module else (a.name, "") for a in node.names}
+
+# %% ../nbs/70_runs.ipynb #c1064747
+def _reached(template: str, files: dict[str, str]) -> list[tuple[str, str]]:
+    "All pieces of code that a template reaches: (file, text), in a fixed order."
+    sources, pieces, todo = {}, set(), []
+    def enter(file):
+        if file in sources: return
+        sources[file] = _Source(files[file])
+        for part in sources[file].on_import: take(file, part)
+        for module, name in sources[file].imports.values():                  # importing runs it, even where no name of it is used
+            if found := _module_file(files, module): enter(found)
+    def take(file, part):
+        text, names, inside = part
+        if (file, text) in pieces: return
+        pieces.add((file, text))
+        known_here = {**sources[file].imports, **inside}
+        for name in names | set(inside):
+            if name in known_here: follow(*known_here[name])
+            else: todo.append((file, name))
+    def follow(module, name):
+        file = _module_file(files, module) or _module_file(files, f"{module}.{name}".strip("."))
+        if file is None: return
+        enter(file)
+        todo.extend((file, n) for n in ([name] if name and _module_file(files, module) else sources[file].definitions))
+    sources[""] = _Source(template)
+    for module, name in sources[""].imports.values(): follow(module, name)
+    for part in [*sources[""].on_import, *(p for ps in sources[""].definitions.values() for p in ps)]:
+        for module, name in part[2].values(): follow(module, name)
+    done = set()
+    while todo:
+        if (at := todo.pop()) in done: continue
+        done.add(at)
+        file, name = at
+        if file and name in sources[file].imports and name not in sources[file].definitions: follow(*sources[file].imports[name])
+        for part in sources[file].definitions.get(name, []) if file else []: take(file, part)
+    return sorted(pieces)
 
 # %% ../nbs/70_runs.ipynb #c6b4681f
 def code_hash(template: Path,                      # notebook
               package: Path | None = None,         # folder of the package; default: the one that is imported
              ) -> str:
-    "Ten hexadecimal digits over the template's code and every module of the package it needs."
-    package = package or _package()
-    source = "\n".join("".join(c["source"]) for c in json.loads(Path(template).read_text())["cells"] if c["cell_type"] == "code")
-    digest, seen, todo = hashlib.sha256(source.encode()), set(), sorted(_imports(source))
-    while todo:
-        file = _module_file(package, todo.pop())
-        if file is None or file in seen: continue
-        seen.add(file)
-        todo += sorted(_imports(file.read_text()))
-    for file in sorted(seen): digest.update(str(file.relative_to(package)).encode() + file.read_bytes())
+    "Ten hexadecimal digits over the template's code and every definition of the package that it reaches."
+    return _hash(_cells(Path(template).read_text()), _in_folder(package or _package()))
+
+def _hash(template: str, files: dict[str, str]) -> str:
+    digest = hashlib.sha256(template.encode())
+    for file, text in _reached(template, files): digest.update(f"{file}\0{text}\0".encode())
     return digest.hexdigest()[:10]
+
+# %% ../nbs/70_runs.ipynb #c689d39c
+def code_at(commit: str,                           # of this repository
+            template: Path,                        # notebook, inside the repository
+            root: Path,                            # of the repository
+           ) -> str | None:                        # None where git does not know the commit or the template
+    "The code hash as it was at a commit: results of that commit stay valid as long as it is today's."
+    def show(*args): return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout
+    try:
+        names = [n for n in show("ls-tree", "-r", "--name-only", commit, "moe_routing").split() if n.endswith(".py")]
+        return _hash(_cells(show("show", f"{commit}:{Path(template).resolve().relative_to(Path(root).resolve())}")), {n.removeprefix("moe_routing/"): show("show", f"{commit}:{n}") for n in names})
+    except (OSError, ValueError, SyntaxError, subprocess.CalledProcessError): return None
+
+def _code_of(record: dict, template: Path, root: Path, today: str, seen: dict) -> str:
+    "The code a record was made by; today's hash when nothing it reaches has changed since its commit. `seen` keeps what was looked up."
+    commit = record.get("commit")
+    if record["code"] == today or not commit or record.get("dirty"): return record["code"]
+    if (commit, template) not in seen: seen[commit, template] = code_at(commit, template, root)
+    return today if seen[commit, template] == today else record["code"]
 
 # %% ../nbs/70_runs.ipynb #cd42c083
 def write_atomic(path: Path, text: str) -> None:
@@ -333,6 +412,8 @@ def plan_study(name: str,                          # a file papermill_runs/studi
 # %% ../nbs/70_runs.ipynb #c8c70895
 def run_state(folder: Path,                        # of a run
               code: str,                           # today's code hash of its template
+              root: Path | None = None,            # of the repository, whose history tells whether anything the run reaches has changed
+              seen: dict | None = None,            # keeps what was looked up there, for many runs
              ) -> str:
     "finished, stale, failed, running or open."
     folder, record = Path(folder), _read(Path(folder) / "run.json")
@@ -340,7 +421,11 @@ def run_state(folder: Path,                        # of a run
     if record is None: return "open"
     if record["status"] != "finished": return "failed" if record["status"] == "failed" else "open"
     if any(not (folder.parent / f).exists() for f in record.get("files", [])): return "open"
-    return "finished" if record["code"] == code else "stale"
+    if record["code"] == code: return "finished"
+    root = root or find_root()
+    try: template = template_path(record["template"], root)
+    except ValueError: return "stale"
+    return "finished" if _code_of(record, template, root, code, {} if seen is None else seen) == code else "stale"
 
 # %% ../nbs/70_runs.ipynb #c331f679
 def load_runs(folder: str | Path,                  # of a study
@@ -349,15 +434,16 @@ def load_runs(folder: str | Path,                  # of a study
              ):                                    # pandas DataFrame
     "One row a finished run: parameters, metrics and the main facts of its record; per-document columns stay in `documents`."
     import pandas as pd
-    rows, hashes, root = [], {}, template_root or find_root()
+    rows, hashes, seen, root = [], {}, {}, template_root or find_root()
     for file in sorted(Path(folder).glob("*/run.json")):
         record = _read(file)
         if record is None or record["status"] != "finished": continue
         name = record["template"]
         if name not in hashes: hashes[name] = code_hash(template_path(name, root))
-        if record["code"] != hashes[name] and not stale: continue
-        rows.append({"run": file.parent.name, **record["parameters"], "group": record["group"], **record["metrics"], "run_id": record["run_id"], "code": record["code"],
-                     "stale": record["code"] != hashes[name], "seconds": record["seconds"], "documents": record["documents"], "notes": record["notes"]})
+        code = _code_of(record, template_path(name, root), root, hashes[name], seen)
+        if code != hashes[name] and not stale: continue
+        rows.append({"run": file.parent.name, **record["parameters"], "group": record["group"], **record["metrics"], "run_id": record["run_id"], "code": code,
+                     "stale": code != hashes[name], "seconds": record["seconds"], "documents": record["documents"], "notes": record["notes"]})
     return pd.DataFrame(rows)
 
 # %% ../nbs/70_runs.ipynb #c342d82d
@@ -385,18 +471,18 @@ def recover(plan: Plan,
     write_atomic(owner_file, json.dumps({**_identity(), "since": time.time()}))
     for lock in (root / ".snakemake" / "locks").glob("*.lock"):
         if plan.folder.name + os.sep in lock.read_text(): lock.unlink(missing_ok=True)
-    code, states = code_hash(template_path(plan.study.template, root)), {}
+    code, states, seen = code_hash(template_path(plan.study.template, root)), {}, {}
     for name in plan.runs:
         folder = plan.folder / name
         _end_survivors(folder)
-        state = run_state(folder, code)
+        state = run_state(folder, code, root, seen)
         if state not in ("finished", "stale") or (fresh and state == "stale"): (folder / "finished").unlink(missing_ok=True)
         if fresh and state == "stale": (folder / "run.json").unlink(missing_ok=True)
         states.setdefault(state, []).append(name)
     if plan.prepare is not None:
         folder = plan.folder / "prepare"
         _end_survivors(folder)
-        state = run_state(folder, code_hash(template_path(plan.study.prepare, root)))
+        state = run_state(folder, code_hash(template_path(plan.study.prepare, root)), root, seen)
         if state != "finished" and (fresh or state != "stale"): (folder / "finished").unlink(missing_ok=True)
     again = sum(len(names) for state, names in states.items() if state not in ("finished", "stale")) + fresh * len(states.get("stale", []))
     if again: (plan.folder / f"{plan.study.report}.md").unlink(missing_ok=True)    # Snakemake would take a report that is there for the end of the work
@@ -447,7 +533,7 @@ def execute(plan: Plan,
         template, point = plan.study.template, dict(plan.runs[name])
     group = point.pop("group", "")
     record = _read(folder / "run.json")
-    if record is None or name == "prepare" or run_state(folder, code_hash(template_path(template, root))) != "finished":
+    if record is None or name == "prepare" or run_state(folder, code_hash(template_path(template, root)), root) != "finished":
         with _one_gpu(root): record = run_template(template, point, folder, plan.folder.name, group, root, show=name == "prepare")
     write_atomic(folder / "finished", record["code"] + "\n")
     print(_progress(plan, root, name, record["seconds"]), flush=True)
@@ -467,8 +553,8 @@ def parse_overrides(pairs: list[str],              # ["model=name", "limit=20"]
 
 def study_status(plan: Plan, root: Path | None = None) -> dict[str, list[str]]:
     "State -> names of runs, without changing anything."
-    code, states = code_hash(template_path(plan.study.template, root)), {}
-    for name in plan.runs: states.setdefault(run_state(plan.folder / name, code), []).append(name)
+    code, states, seen = code_hash(template_path(plan.study.template, root)), {}, {}
+    for name in plan.runs: states.setdefault(run_state(plan.folder / name, code, root, seen), []).append(name)
     return states
 
 def failures(plan: Plan) -> list[str]:

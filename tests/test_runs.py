@@ -202,3 +202,26 @@ def test_names_of_runs_are_never_taken_for_options(root):
     "A value without letters or digits, such as an empty recipe, must not leave a name that begins with a dash."
     for study in sorted((root / "papermill_runs" / "studies").glob("*.yaml")):
         for name in runs.plan_study(study.stem, root=root).runs: assert name[0].isalnum() and "--" not in name, (study.stem, name)
+
+
+def test_a_result_outlives_changes_it_does_not_reach(tmp_path):
+    "By the history of the repository: a new function beside it leaves a result valid, a changed line in what it uses does not, nor does an unknown commit or a dirty tree."
+    def git(*args): subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *args], check=True, capture_output=True)
+    def commit():
+        git("add", "-A"), git("commit", "-qm", "state")
+        return subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    package, template = tmp_path / "moe_routing", tmp_path / "nbs" / "runs" / "demo.ipynb"
+    package.mkdir(), template.parent.mkdir(parents=True)
+    template.write_text(json.dumps({"cells": [{"cell_type": "code", "source": ["from moe_routing.core import used\n", "used(1)"]}]}))
+    core = package / "core.py"
+    core.write_text("def used(x): return x + 1\n")
+    git("init", "-q")
+    first = commit()
+    core.write_text("def used(x): return x + 1\n\ndef beside(x): return x\n")
+    second, today = commit(), runs.code_hash(template, package)
+    record = {"code": "older", "commit": first, "dirty": False, "template": "demo"}
+    assert runs.code_at(first, template, tmp_path) == runs.code_at(second, template, tmp_path) == today
+    assert runs._code_of(record, template, tmp_path, today, {}) == today
+    for changed in ({"dirty": True}, {"commit": "f" * 40}, {"commit": None}): assert runs._code_of(record | changed, template, tmp_path, today, {}) == "older"
+    core.write_text("def used(x): return x + 2\n")
+    assert runs._code_of(record, template, tmp_path, runs.code_hash(template, package), {}) == "older"
