@@ -158,6 +158,13 @@ def test_batch_and_shards_changed_together(study, hit, seconds, critical, simila
     assert [v.verdict for v in report.setting_verdicts(runs)[2:]] == [critical] * 2 and report.high_memory(runs).verdict == similar
 
 
+def test_a_trace_with_few_shards_says_nothing_of_them(study):
+    "4 of 4 and 6 of 4 shards are the same: only the batch size differs, and its verdict can be confirmed."
+    runs = study([protocol(.5), simple("seed_settings", .3, "seed_high_memory", recipe={"batch": 16, "group": 6})])[1].assign(shard=1250)
+    batch, shards = report.setting_verdicts(runs)[2:]
+    assert batch.verdict == "confirmed" and "together" not in batch.reason and shards.verdict == "undecided" and "too small" in shards.reason
+
+
 @pytest.mark.parametrize("model, hit, word", [(QWEN, .37, "confirmed"), (QWEN, .6, "corrected"), (QWEN, .2, "refuted"), ("tiny", .37, "cannot be verified here")])
 def test_quick_test(study, model, hit, word):
     assert report.quick_test(study([protocol(.5), simple("seed_settings", hit, "seed_quick")], model=model)[1]).verdict == word
@@ -228,7 +235,7 @@ def test_must_reach_says_no(study):
 
 
 def test_gains_are_adjusted_over_the_table(study):
-    runs = study([horizon("pre_attention", mlp=.9, linear=.5001), horizon("previous_token", mlp=.4)], spread=.05)[1]
+    runs = study([horizon("pre_attention", mlp=.9, linear=.5001), horizon("previous_token", mlp=.1)], spread=.05)[1]
     table = report.gain_table(runs).set_index(["horizon", "predictor"])
     assert table.verdict["pre_attention", "mlp"] == "better" and table.verdict["previous_token", "mlp"] == "worse"
     raw = {(h, n): g["p"] for h, r in report.horizon_runs(runs).items() for n, g in r.notes["gains"].items()}
@@ -251,6 +258,8 @@ def test_pairing_finds_the_planted_difference(study):
 def test_horizon_table_carries_chance(study):
     run = next(study([horizon("pre_attention", mlp=.9)])[1].itertuples())
     table = report.horizon_table(run)
+    later = next(study([horizon("previous_token", mlp=.3)])[1].itertuples())
+    assert later.notes["trivial"] == "marginal" and set(report.horizon_table(later).predictor[report.horizon_table(later)["known then"] == "no"]) == {"token_table", "own_gate"}
     assert table.iloc[0]["any@5"] == f"{100 * random_value('any@5', 4, 60):.1f}" and table["known then"][table.predictor == "own_gate"].item() == "no"
     assert len(report.shown_coverage(report.coverage_table(study([horizon("pre_attention", mlp=.9)])[1])).columns) == 2 + len(COVERAGE)
 
