@@ -111,6 +111,7 @@ def made_up_prediction(folder: Path,                # of the study
 
 # %% ../nbs/76_prediction_report.ipynb #c19ca1f5
 CONTROLS = ("random", "marginal", "token_table", "bigram_table", "previous_token", "previous_layer", "stale_gate", "stream_gate", "own_gate")
+NEEDS = {"token_table": "token", "bigram_table": "token", "previous_token": "past", "previous_layer": "layers", "stale_gate": "layers", "stream_gate": "stream", "own_gate": "own"}
 
 def _lists(recall: float, hit: float, k: int, E: int, sizes: tuple = COVERAGE) -> list[dict]:
     "A coverage list that goes through hit@1 and slot recall at k."
@@ -121,7 +122,8 @@ def _made_up_run(folder: Path, p: dict, row: dict, tokens: list, spread: float, 
     "The record of one run."
     k, E, L = trace["k"], trace["num_experts"], trace["num_layers"]
     scores = {n: v if isinstance(v, tuple) else (v, min(1.0, 1.2 * v)) for n, v in {"random": (k / E, k / E), **row["scores"]}.items()}
-    trained, free = [n for n in scores if n not in CONTROLS], max((n for n in scores if n in CONTROLS and n != "own_gate"), key=lambda n: scores[n][0])
+    possible = {n: n not in NEEDS or NEEDS[n] in HORIZONS[p["horizon"]].knows for n in scores}
+    trained, free = [n for n in scores if n not in CONTROLS], max((n for n in scores if n in CONTROLS and n != "own_gate" and possible[n]), key=lambda n: scores[n][0])
     hard, size = rng.normal(0, spread, len(tokens)), np.array(tokens)                                  # a document is hard for everybody
     sums = {n: size * np.clip(v[0] + hard + rng.normal(0, spread / 4, len(tokens)), 0, 1) if v[0] < 1 else 1.0 * size for n, v in scores.items()}
     firsts = {f"hit@1 {n}": size * np.clip(scores[n][1] + hard + rng.normal(0, spread / 4, len(tokens)), 0, 1) for n in trained}
@@ -129,7 +131,7 @@ def _made_up_run(folder: Path, p: dict, row: dict, tokens: list, spread: float, 
     hit = {n: value(firsts[f"hit@1 {n}"]) if n in trained else scores[n][1] for n in scores}
     lists, against = {n: _lists(value(sums[n]), hit[n], k, E) for n in scores}, lambda n, b: clustered_difference(sums[n], sums[b], size)._asdict()
     at = lambda n, w, m: _lists(value(sums[n]), hit[n], k, E, (m,))[0][w]
-    table = [{"predictor": n, "kind": "learned" if n in trained else "control" if n in ("random", "own_gate") else "trivial", "possible": n != "own_gate" or p["horizon"] == "own_gate", "hit@1": hit[n], f"recall@{k}": value(sums[n]),
+    table = [{"predictor": n, "kind": "learned" if n in trained else "control" if n in ("random", "own_gate") else "trivial", "possible": possible[n], "hit@1": hit[n], f"recall@{k}": value(sums[n]),
               "low": value(sums[n]) - spread / 3, "high": min(1.0, value(sums[n]) + spread / 3), **{f"recall@{m * k}": at(n, "recall", m * k) for m in (2, 4)}, "exact": scores[n][0] ** k, "any@5": at(n, "any", 5), "any@5 by chance": random_value("any@5", k, E), "calibration error": .01 if n in trained else None} for n in scores]
     watched = row.get("watched") or [{"epoch": e, "hit@1": hit[trained[0]] * (1 - .4 / e), "any@5": at(trained[0], "any", 5) * (1 - .2 / e), f"recall@{k}": scores[trained[0]][0] * (1 - .4 / e)} for e in (1, 2, 5, 10, 20)] if trained else []
     notes = {"trivial": free, "table": table, "layer0": table if p["horizon"] in ("own_gate", "pre_attention", "token_id", "previous_token") else [], "by_layer": [{"predictor": n, **{f"layer {l}": scores[n][0] for l in range(L)}} for n in scores],
@@ -344,10 +346,11 @@ def draw_progression(runs: pd.DataFrame | None):     # (figure, table); None wit
 
 # %% ../nbs/76_prediction_report.ipynb #c317a750
 def simple_settings(run) -> dict:
-    "Learning rate, width, batch, shards and epochs of a run of the seed's simple predictor."
+    "Learning rate, width, batch, shards a group (no more than the trace has) and epochs of a run of the seed's simple predictor."
     given = run.predictors.get("seed_simple", {}) if isinstance(run.predictors, dict) else {}
-    recipe = run.notes["recipe"]
-    return {"lr": recipe["lr"], "width": given.get("width", SHAPE["width"]), "batch": recipe["batch"], "shards": recipe["group"], "epochs": recipe["epochs"], "seconds": run.notes["training"]["seed_simple"]["seconds"]}
+    recipe, each = run.notes["recipe"], getattr(run, "shard", None)
+    there = ceil(run.notes["trace"]["seed_traces"] / each) if each and not pd.isna(each) else recipe["group"]
+    return {"lr": recipe["lr"], "width": given.get("width", SHAPE["width"]), "batch": recipe["batch"], "shards": min(recipe["group"], there), "epochs": recipe["epochs"], "seconds": run.notes["training"]["seed_simple"]["seconds"]}
 
 def ablation_runs(runs: pd.DataFrame | None) -> dict[str, list]:     # series -> runs, the one to compare with first
     "The series of the seed's simple predictor."
@@ -625,7 +628,7 @@ def critical(claim: str, where: str, table: pd.DataFrame,      # rows of `ablati
              margin: float = MARGIN, what: str = "settings") -> Verdict:
     "Confirmed when all others are worse; refuted when one is better, or all are the same within the margin; corrected when some are worse and the rest the same; undecided otherwise."
     base = (claim, where, "hit@1 of the other settings minus that of the claimed one, paired by document")
-    if table is None or table.empty: return Verdict(*base, "undecided", f"the runs with other {what} are missing")
+    if table is None or table.empty: return Verdict(*base, "undecided", f"no run differs in this: runs with other {what} are missing, or the trace is too small for them")
     side = lambda r: "better" if r.low > 0 and r.high > margin else "same" if -margin < r.low and r.high < margin else "worse" if r.high < 0 else "open"
     sides = [side(r) for r in table.itertuples()]
     word = ("refuted" if "better" in sides or set(sides) == {"same"} else "undecided" if "open" in sides or (joint and "worse" in sides) else "confirmed" if set(sides) == {"worse"} else "corrected")
@@ -638,9 +641,12 @@ def setting_verdicts(runs: pd.DataFrame | None) -> list[Verdict]:
     table = ablation_table(runs)
     others = lambda series, keep: table[(table.series == series) & table.estimate.notna() & keep(table)] if len(table) else None
     joint = others("settings", lambda t: t.preset == "seed_high_memory")
+    differ = lambda column: joint if joint is None or joint.empty else joint[joint[column] != table[table.series == "settings"][column].iloc[0]]
+    batch, shards = differ("batch"), differ("shards")
+    both = batch is not None and len(batch) > 0 and len(shards) > 0
     return [critical("a conservative learning rate, 5e-5, is critical", "Training Parameters; Issue 1", others("learning rate", lambda t: t.lr != 5e-5), what="learning rates"),
             critical("256 hidden values, not larger", "Model Architecture", others("width", lambda t: t.width > SHAPE["width"]), what="widths"),
-            critical("batch size 8 is critical, avoid larger", "Training Strategy; Issue 1", joint, True, what="batch sizes"), critical("4 shards a group are critical", "Training Strategy; Issue 1", joint, True, what="shards")]
+            critical("batch size 8 is critical, avoid larger", "Training Strategy; Issue 1", batch, both, what="batch sizes"), critical("4 shards a group are critical", "Training Strategy; Issue 1", shards, both, what="numbers of shards a group")]
 
 def high_memory(runs: pd.DataFrame | None, margin: float = MARGIN) -> Verdict:
     "6 shards and batch 16: confirmed when the same within the margin and faster; corrected when one of the two; refuted when neither; undecided while the interval allows both."
