@@ -99,14 +99,18 @@ class Study:
     "A question and the runs that answer it."
     name: str                                   # file name without .yaml
     question: str                               # in words
-    template: str                               # a notebook in nbs/runs, without .ipynb
-    groups: dict[str, dict]                     # name -> {base:, grid: {parameter: [values]}} or {base:, list: [{parameter: value}]}, and seeds: where they differ
+    template: str                               # a notebook in nbs/runs, without .ipynb; "" where every group names its own
+    groups: dict[str, dict]                     # name -> {base:, grid: {parameter: [values]}} or {base:, list: [{parameter: value}]}, and seeds: where they differ;
+                                                # template: of its own, name: of the folder of its one run, after: groups that must be finished before
     base: dict = field(default_factory=dict)    # parameters that all runs share
     seeds: tuple[int, ...] = (0,)
     prepare: str = ""                           # a template that is run once before all others, with the parameters of `base` it knows
     report: str = ""                            # a report of moe_routing.reports to build from the finished runs
     report_options: dict = field(default_factory=dict)
 
+    def template_of(self, group: str) -> str:
+        "The template of a group's runs."
+        return self.groups.get(group, {}).get("template", self.template)
     def points(self) -> list[dict]:
         "The parameters of every run, in order; each has `group` and `seed` beside its own."
         rows = []
@@ -132,14 +136,16 @@ def load_study(path: str | Path,                # a YAML file
     if not isinstance(raw, dict): raise ValueError(f"{path}: a study is a mapping with question, template and groups")
     for key in raw: _known(key, [f.name for f in fields(Study) if f.name != "name"], "key", str(path))
     try:
-        for key in ("question", "template", "groups"):
+        for key in ("question", "groups"):
             if key not in raw: raise ValueError(f"key {key!r} is missing")
+        if "template" not in raw and (bare := [g for g, plan in raw["groups"].items() if "template" not in plan]): raise ValueError(f"key 'template' is missing, and group {bare[0]!r} names none of its own")
         for group, plan in raw["groups"].items():
-            for key in plan: _known(key, ["base", "grid", "list", "each", "seeds"], f"key in group {group!r}", str(path))
+            for key in plan: _known(key, ["base", "grid", "list", "each", "seeds", "template", "name", "after"], f"key in group {group!r}", str(path))
+            for other in plan.get("after", []): _known(other, list(raw["groups"])[:list(raw["groups"]).index(group)], f"group before {group!r}", str(path))
             if ("grid" in plan) == ("list" in plan): raise ValueError(f"group {group!r} needs either grid or list")
             if not (plan.get("grid") or plan.get("list")): raise ValueError(f"group {group!r} is empty")
-        study = Study(name=path.stem, **{k: tuple(v) if k == "seeds" else v for k, v in raw.items()})
-        points = [yaml.safe_dump({k: v for k, v in p.items() if k != "group"}, sort_keys=True) for p in study.points()]
+        study = Study(name=path.stem, **{"template": "", **{k: tuple(v) if k == "seeds" else v for k, v in raw.items()}})
+        points = [yaml.safe_dump({**{k: v for k, v in p.items() if k != "group"}, "template": study.template_of(p["group"])}, sort_keys=True) for p in study.points()]
         twice = [p for p in points if points.count(p) > 1]
         if twice: raise ValueError(f"the same run is listed twice: {twice[0]}")
     except ValueError as e: raise e if str(path) in str(e) else ValueError(f"{path}: {e}") from None
