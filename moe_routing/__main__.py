@@ -1,6 +1,10 @@
 """The command line: `python -m moe_routing run STUDY [parameter=value ...]`, and what the Snakefile calls."""
 import argparse
+import os
 import sys
+
+
+WEEK_FLAGS = ("continue_on_error", "skip_baselines", "skip_ablation", "skip_wandb")
 
 
 def main() -> int:
@@ -11,6 +15,16 @@ def main() -> int:
     run.add_argument("overrides", nargs="*", metavar="parameter=value", help="replaces a parameter in every run, e.g. model=allenai/OLMoE-1B-7B-0924")
     run.add_argument("--cores", type=int, help="processes at once (default: all cores)")
     run.add_argument("--fresh", action="store_true", help="do runs again that were made by other code")
+    week = verbs.add_parser("week", help="the seven-day plan; the flags are those of seed 000")
+    week.add_argument("--config", default="seven_day", help="the plan: a study, or a YAML file of one")
+    week.add_argument("--checkpoint", help="the model: a hub id, a folder, or tiny")
+    week.add_argument("--output_dir", help="folder for the results instead of papermill_runs")
+    week.add_argument("--only", metavar="DAY", help="this day alone, for example day3_4")
+    week.add_argument("--start_from", metavar="DAY", help="this day and all after it")
+    week.add_argument("--dry_run", action="store_true", help="say what would be done")
+    week.add_argument("--cores", type=int)
+    for flag in WEEK_FLAGS: week.add_argument(f"--{flag}", action="store_true")
+    week.add_argument("overrides", nargs="*", metavar="parameter=value")
     one = verbs.add_parser("execute", help="do one run of a study (called by the Snakefile)")
     one.add_argument("study")
     one.add_argument("name", help="folder name of the run, or 'prepare'")
@@ -33,6 +47,11 @@ def main() -> int:
     try:
         if args.verb == "run":
             return runs.run_study(args.study, runs.parse_overrides(args.overrides), args.cores, args.fresh, more)
+        if args.verb == "week":
+            if args.output_dir: os.environ["MOE_ROUTING_RESULTS_DIR"] = args.output_dir
+            said = {"model": args.checkpoint, "only": args.only, "start_from": args.start_from, **{flag: getattr(args, flag) or None for flag in WEEK_FLAGS}}
+            wanted = {**runs.parse_overrides(args.overrides), **{k: v for k, v in said.items() if v is not None}}
+            return runs.run_study(args.config, wanted, args.cores, more=["--dry-run", "--quiet", "rules"] if args.dry_run else [])
         if args.verb == "status":
             runs.print_status()
         elif args.verb == "readme":

@@ -619,7 +619,8 @@ def run_study(name: str,                           # study
     _refuse_if_running(plan, root)
     stale = study_status(plan, root).get("stale", [])
     if stale and not fresh: print(f"{len(stale)} finished runs were made by other code and will not be published: FRESH=1 does them again")
-    config = ["--config", *(f"{k}={v}" for k, v in plan.overrides.items())] if plan.overrides else []
+    config = {**plan.overrides, **{k: v for k, v in (overrides or {}).items() if k in STEERING}}
+    config = ["--config", *(f"{k}={v}" for k, v in config.items())] if config else []
     command = [sys.executable, "-m", "snakemake", "-s", str(root / "papermill_runs" / "Snakefile"), "--cores", str(cores or os.cpu_count()),
                plan.study.name, *(more or []), *config]
     code = subprocess.run(command, cwd=root, env={**os.environ, **({"MOE_FRESH": "1"} if fresh else {})}).returncode

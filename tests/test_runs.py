@@ -225,3 +225,62 @@ def test_a_result_outlives_changes_it_does_not_reach(tmp_path):
     for changed in ({"dirty": True}, {"commit": "f" * 40}, {"commit": None}): assert runs._code_of(record | changed, template, tmp_path, today, {}) == "older"
     core.write_text("def used(x): return x + 2\n")
     assert runs._code_of(record, template, tmp_path, runs.code_hash(template, package), {}) == "older"
+
+
+DAYS = """question: q
+base: {alpha: 0.3, k: 2}
+groups:
+  first: {template: demo, name: day0_first, list: [{seconds: 0.0}]}
+  second: {template: other, name: day1_second, after: [first], list: [{beta: 1}]}
+  third: {template: demo, name: day2_third, after: [first, second], list: [{seconds: 0.1}]}
+"""
+
+
+@pytest.fixture
+def days(lab):
+    nb = nbformat.read(lab / "nbs" / "runs" / "demo.ipynb", 4)
+    nb.cells[0].source = 'beta = 0\nk = 1\nfail = False\nseed = 0\nout = ""'
+    nb.cells[1].source = '''from pathlib import Path
+from moe_routing.runs import Run
+run = Run(out)
+if fail: raise ValueError("asked to fail")
+before = sorted(p.parent.name for p in Path(out).parent.glob("*/finished"))
+run.finish(metrics={"before": len(before), "k": k})'''
+    nbformat.write(nb, lab / "nbs" / "runs" / "other.ipynb")
+    (lab / "papermill_runs" / "studies" / "demo.yaml").write_text(DAYS)
+    return lab
+
+
+def test_groups_with_templates_of_their_own(days):
+    plan = runs.plan_study("demo", root=days)
+    assert list(plan.runs) == ["day0_first", "day1_second", "day2_third"] and [plan.template(n) for n in plan.runs] == ["demo", "other", "demo"]
+    assert plan.runs["day1_second"] == {"beta": 1, "k": 2, "seed": 0, "group": "second"} and "k" not in plan.runs["day0_first"]      # what all share goes to those that know it
+    assert plan.after == {"day1_second": ["day0_first"], "day2_third": ["day0_first", "day1_second"]}
+    assert list(runs.plan_study("demo", {"only": "second"}, days).runs) == ["day1_second"] and not runs.plan_study("demo", {"only": "second"}, days).after
+    late = runs.plan_study("demo", {"start_from": "second", "k": 5}, days)
+    assert list(late.runs) == ["day1_second", "day2_third"] and late.after == {"day2_third": ["day1_second"]} and late.runs["day1_second"]["k"] == 5
+    assert not runs.plan_study("demo", {"continue_on_error": True}, days).after and late.folder.name == "demo--5"
+    with pytest.raises(ValueError, match="no group 'sunday'"): runs.plan_study("demo", {"only": "sunday"}, days)
+    with pytest.raises(ValueError, match="no template of the study has the parameter 'kk'"): runs.plan_study("demo", {"kk": 1}, days)
+
+
+@pytest.mark.parametrize("old, new, words", [("template: other, ", "", "names none of its own"), ("after: [first]", "after: [third]", "unknown group before 'second'"), ("{beta: 1}", "{gamma: 1}", "gamma"),
+                                             ("[{beta: 1}]", "[{beta: 1}, {beta: 2}]", "is for one run")])
+def test_faulty_plans_of_several_templates(days, old, new, words):
+    (days / "papermill_runs" / "studies" / "demo.yaml").write_text(DAYS.replace(old, new))
+    with pytest.raises(ValueError, match=words): runs.plan_study("demo", root=days)
+
+
+def test_days_run_in_order_one_alone_and_past_a_failure(days):
+    text, code = finish(days, "week", "--config", "demo", "--cores", "2")
+    folder = days / "papermill_runs" / "demo"
+    read = lambda day: json.loads((folder / day / "run.json").read_text())
+    assert code == 0 and "3 of 3 runs finished" in text and read("day1_second")["metrics"] == {"before": 1, "k": 2}
+    shutil.rmtree(folder)
+    text, code = finish(days, "week", "--config", "demo", "--only", "second")
+    assert code == 0 and [p.parent.name for p in folder.glob("*/finished")] == ["day1_second"] and read("day1_second")["metrics"]["before"] == 0
+    text, code = finish(days, "week", "--config", "demo", "fail=True")
+    failed = days / "papermill_runs" / "demo--True"
+    assert code != 0 and "asked to fail" in text and not (failed / "day2_third" / "finished").exists() and (failed / "day0_first" / "finished").exists()
+    text, code = finish(days, "week", "--config", "demo", "--continue_on_error", "fail=True")
+    assert (failed / "day2_third" / "finished").exists() and "asked to fail" in text
