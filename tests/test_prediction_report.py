@@ -140,6 +140,11 @@ def test_learning_rate(study, lows, words):
     assert report.setting_verdicts(study(rows)[1])[0].verdict == words
 
 
+def test_without_the_run_to_compare_with_nothing_is_said(study):
+    runs = study([simple("learning_rate", h, recipe={"lr": lr, "epochs": 10}) for lr, h in ((1e-5, .3), (3e-5, .6))] + [simple("width", .7, predictors={"seed_simple": {"width": 512}})])[1]
+    assert report.ablation_table(runs).empty and {v.verdict for v in report.setting_verdicts(runs)} == {"undecided"}
+
+
 def test_few_documents_leave_it_undecided(study):
     base = simple("width", .5, predictors={"seed_simple": {"width": 256}}, recipe={"epochs": 10})
     runs = study([base, simple("learning_rate", .49, recipe={"lr": 1e-4, "epochs": 10})], documents=3, spread=.3)[1]
@@ -212,6 +217,14 @@ def test_prefetching(study, words, word):
     runs = study(rows)[1]
     assert report.prefetching(runs).verdict == word                       # what costs nothing and the oracle decide nothing
     assert set(report.best_replays(runs).kind) == {"learned", "free", "oracle"}
+
+
+def test_the_best_of_many_replays_is_corrected(study):
+    "An interval just above 0 is enough for one guess and not for the best of forty."
+    near = {"guess": "mlp", "saved": .0101, "saved_low": .0001, "saved_high": .0201, "verdict": "pays"}
+    lost = [{**near, "saved": 0.0, "saved_low": -.01, "saved_high": .01, "verdict": "undecided"} for _ in range(39)]
+    for replays, word in (([near], "pays"), ([near, *lost], "undecided")):
+        assert report.best_replays(study([{**horizon("pre_attention", mlp=.7), "replay": replays}])[1]).word.item() == word
 
 
 def test_a_prediction_without_a_lead_decides_nothing(study):
