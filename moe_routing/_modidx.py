@@ -591,6 +591,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'moe_routing/prediction_report.py'),
                                                'moe_routing.prediction_report._made_up_run': ( 'prediction_report.html#_made_up_run',
                                                                                                'moe_routing/prediction_report.py'),
+                                               'moe_routing.prediction_report._p_of': ( 'prediction_report.html#_p_of',
+                                                                                        'moe_routing/prediction_report.py'),
                                                'moe_routing.prediction_report._provenance': ( 'prediction_report.html#_provenance',
                                                                                               'moe_routing/prediction_report.py'),
                                                'moe_routing.prediction_report._save': ( 'prediction_report.html#_save',

@@ -353,11 +353,11 @@ def simple_settings(run) -> dict:
     return {"lr": recipe["lr"], "width": given.get("width", SHAPE["width"]), "batch": recipe["batch"], "shards": min(recipe["group"], there), "epochs": recipe["epochs"], "seconds": run.notes["training"]["seed_simple"]["seconds"]}
 
 def ablation_runs(runs: pd.DataFrame | None) -> dict[str, list]:     # series -> runs, the one to compare with first
-    "The series of the seed's simple predictor."
+    "The series of the seed's simple predictor; one without the run that the others are compared with is left out."
     with_simple = lambda g: [r for r in runs_of(runs, g) if "seed_simple" in r.notes["training"]]
     base = [r for r in with_simple("width") if simple_settings(r)["width"] == SHAPE["width"]][:1]
-    series = {"learning rate": base + with_simple("learning_rate"), "width": base + [r for r in with_simple("width") if r.run not in [b.run for b in base]], "settings": with_simple("seed_protocol")[:1] + with_simple("seed_settings")}
-    return {n: found for n, found in series.items() if len(found) > 1}
+    series = {"learning rate": (base, with_simple("learning_rate")), "width": (base, [r for r in with_simple("width") if r.run not in [b.run for b in base]]), "settings": (with_simple("seed_protocol")[:1], with_simple("seed_settings"))}
+    return {n: first + rest for n, (first, rest) in series.items() if first and rest}
 
 def ablation_table(runs: pd.DataFrame | None) -> pd.DataFrame:     # series, settings, hit, recall, estimate, low, high, p (adjusted over the table), verdict
     "hit@1 of each setting minus that of the first of its series."
@@ -420,13 +420,21 @@ def shown_worth(table: pd.DataFrame) -> pd.DataFrame:
     "The same as strings."
     return pd.DataFrame([_shown_replay(r) for r in table.to_dict("records")]).fillna("-") if len(table) else table
 
-# %% ../nbs/76_prediction_report.ipynb #c6e1ed44
+# %% ../nbs/76_prediction_report.ipynb #c23c7771
+def _p_of(row: dict) -> float | None:
+    "Two-sided p of the time saved, from its 95 % interval."
+    from scipy.stats import norm
+    half = (row.get("saved_high", np.nan) - row.get("saved_low", np.nan)) / 2
+    return None if not np.isfinite(half) else float(2 * norm.sf(abs(row["saved"]) / max(half / norm.ppf(.975), 1e-12)))
+
 def best_replays(runs: pd.DataFrame | None) -> pd.DataFrame:     # horizon, kind (learned, free, random, oracle), guess, fetch, saved, saved_low, saved_high, word
-    "Of each horizon and kind of guess the replay that saves most time."
+    "Of each horizon and kind of guess the replay that saves most time; p adjusted over all learned ones."
     table = worth_table(runs)
     if table.empty or "saved" not in table: return pd.DataFrame(columns=["horizon", "kind", "saved"])
     t = table[table.saved.notna()]
     t = t.assign(kind=["learned" if l else g if g in BOUNDS else "free" for l, g in zip(t.learned, t.guess)], word=[pays(r) for r in t.to_dict("records")])
+    p = benjamini_hochberg([_p_of(r) if r["learned"] else None for r in t.to_dict("records")])       # the best of many is taken, so one interval is not enough
+    t["word"] = ["undecided" if w == "pays" and q is not None and q > .05 else w for w, q in zip(t.word, p)]
     return t.loc[t.groupby(["horizon", "kind"], sort=False).saved.idxmax()].sort_index().reset_index(drop=True)
 
 def draw_worth(runs: pd.DataFrame | None):      # (figure, table behind it); None without replays
@@ -436,12 +444,13 @@ def draw_worth(runs: pd.DataFrame | None):      # (figure, table behind it); Non
     if table.empty: return None
     fig, ax = plt.subplots(figsize=(6.8, 2.6))
     places = {h: i for i, h in enumerate(dict.fromkeys(table.horizon))}
-    for i, (kind, colour, label) in enumerate((("learned", "blue", "best learned"), ("free", "orange", "best free guess"), ("random", "grey", "random"), ("oracle", "green", "oracle"))):
+    for i, (kind, colour, label) in enumerate((("learned", "blue", "best learned"), ("free", "orange", "best free guess"), ("oracle", "green", "oracle"))):
         part = table[table.kind == kind]
         low, high = (part[c].fillna(part.saved) if c in part else part.saved for c in ("saved_low", "saved_high"))
-        ax.errorbar([places[h] + .15 * (i - 1.5) for h in part.horizon], 100 * part.saved, yerr=100 * np.clip([part.saved - low, high - part.saved], 0, None), marker="osx^"[i], ls="", capsize=2, color=PALETTE[colour], label=label)
+        ax.errorbar([places[h] + .15 * (i - 1) for h in part.horizon], 100 * part.saved, yerr=100 * np.clip([part.saved - low, high - part.saved], 0, None), marker="os^"[i], ls="", capsize=2, color=PALETTE[colour], label=label)
     ax.axhline(0, color="black", lw=.7)
-    ax.set_xticks(list(places.values()), [TITLES[h] for h in places], fontsize=7)
+    random = table[table.kind == "random"].set_index("horizon").saved                  # far below: as a number, so that it does not squeeze the rest
+    ax.set_xticks(list(places.values()), [TITLES[h] + (f"\n(random {100 * random[h]:.0f})" if h in random else "") for h in places], fontsize=7)
     ax.set(ylabel="time saved, %")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig, table.drop(columns="words", errors="ignore")
@@ -757,12 +766,12 @@ def answer(runs: pd.DataFrame | None, found: list[Verdict]) -> list[str]:      #
     past = networks[(networks.question == "temporal") & networks.counted.astype(bool)]
     word = {v.claim.split(":")[0]: v.verdict for v in found}
     counts = pd.Series([v.verdict for v in found]).value_counts()
-    worth = [(r["horizon"], r["word"]) for r in best_replays(runs).to_dict("records") if r["kind"] == "learned"]
+    worth = [(r["horizon"], r["word"], r["saved"]) for r in best_replays(runs).to_dict("records") if r["kind"] == "learned"]
     trace = next(iter(at.values())).notes["trace"] if at else None
-    return ["**Own gate.** " + (f"The gate, given its own recorded input, chooses the recorded experts for {min(c['agreement'] for c in control):.1f} % of the token-layers without ties; the seed's predictor, which learns that gate again, reaches {percent(score(simple, 'seed_simple', 'hit@1'))} % hit@1." if control and simple is not None else "Not run."),
+    return ["**Own gate.** " + (f"The gate, given its own recorded input, chooses the recorded experts for {min(c['agreement'] for c in control):.1f} % of the token-layers without ties" + (f"; the seed's predictor, which learns that gate again, reaches {percent(score(simple, 'seed_simple', 'hit@1'))} % hit@1." if simple is not None else ".") if control else "Not run."),
             "**Before the gate runs.** " + (f"Of the {trace['k']} needed experts of {trace['num_experts']} (chance {percent(trace['k'] / trace['num_experts'])} %) the best learned predictor names: " + "; ".join(line(h, r) for h, r in at.items() if h != "own_gate") + "." if trace else "Not run."),
             "**Temporal and complex.** " + (f"What came before the token adds to slot recall in {int((past.verdict == 'better').sum())} of {len(past)} comparisons, takes from it in {int((past.verdict == 'worse').sum())}; \"a simple MLP outperforms complex transformers\" is {word['a simple MLP outperforms complex transformers']}, \"similar or slightly better\" with temporal prediction {word['temporal prediction']}." if len(past) else "Not run."),
-            "**Worth.** " + (f"Prefetching by the best learned prediction {', '.join(f'{w} {TITLES[h]}' for h, w in worth)}{_assumed(runs)}." if worth else "Nothing was replayed."),
+            "**Worth.** " + (f"Prefetching by the best learned prediction: {', '.join(f'{TITLES[h]} {w} ({percent(s)} % of the time saved)' for h, w, s in worth)}{_assumed(runs)}." if worth else "Nothing was replayed."),
             f"**The seed's numbers.** Of {len(found)} claims {', '.join(f'{n} {w}' for w, n in counts.items())}; its 28.5 and 44 times better than random are {PUBLISHED['hit@1'] / 100 / random_value('hit@1', 4, 60):.1f} and {PUBLISHED['any@5'] / 100 / random_value('any@5', 4, 60):.1f} times."]
 
 def control_table(runs: pd.DataFrame | None) -> pd.DataFrame:
@@ -823,7 +832,7 @@ def prediction_report(plan: Plan) -> Path:            # of the Markdown file
     text = [f"# Prediction: {plan.study.question}", "", *([f"**{len(missing)} of {len(plan.runs)} runs are missing**, first `{missing[0]}`.", ""] if missing else []), *answer(runs, found)]
     text = [*text[:-5], *[f"{i}. {s}" for i, s in enumerate(text[-5:], 1)], "", *_table("What must be reached", must_reach(runs)), *_table("The control: the gate on its own input", control_table(runs), "In the gate's own dtype. Tokens whose k-th and next score differ by no more than rounding are ties and counted apart."),
             "## Recall by horizon", "", *_save(draw_recall(runs), "recall", plan, publish), *_table("Gains over the best guess that costs nothing", shown_gains(gain_table(runs)), "Paired by document; 95 % intervals over documents; p adjusted over the table (Benjamini-Hochberg). The free guess is the best of all that are possible then, chosen on the same documents.", 3),
-            "## Every predictor beside every baseline", "", *_beside_others(runs), *_table("Layer 0", layer0_table(runs), "Its input is the embedding of the token: the token id is its ceiling."), *_table("By layer", layer_table(runs), "Slot recall at k, %."), *_table("Taken for one another", confusion_table(runs), "The two pairs of each layer that the best learned predictor confuses most: share of the needed expert's slots in which the other was guessed in its place."),
+            "## Every predictor beside every baseline", "", *_beside_others(runs), *_table("Layer 0", layer0_table(runs), "Before attention its input is the embedding of the token: for a predictor that reads nothing else, the table over token ids is the ceiling. What stands above that table has seen earlier tokens, or the gate's own input."), *_table("By layer", layer_table(runs), "Slot recall at k, %."), *_table("Taken for one another", confusion_table(runs), "The two pairs of each layer that the best learned predictor confuses most: share of the needed expert's slots in which the other was guessed in its place."),
             "## Coverage at the seed's list", "", *_save(draw_coverage(runs), "coverage", plan, publish), *_table("All needed experts among the first m, %", shown_coverage(coverage, "all"), level=3), *_table("At least one of them, %", shown_coverage(coverage, "any"), "Flagged: this is what the seed calls coverage of all 4. Read it beside its chance.", 3), *_table("Slot recall, %", shown_coverage(coverage, "recall"), level=3),
             *_table("The seed's protocol", progression_table(runs), "Percent, over all layers; held-out documents."), *_save(draw_progression(runs), "progression", plan, publish), *_table("Ablations and settings", shown_ablations(ablation_table(runs)), "hit@1 minus that of the first run of each series, paired by document; p adjusted over the table."),
             *_table("Does temporal prediction help, does simple beat complex", shown_networks(network_table(runs)), "Slot recall at k; differences within one run, so on the same documents; p adjusted over the table. `seed_hybrid_as_shipped` has no causal mask and sees the token it predicts."),
