@@ -404,7 +404,6 @@ def test_models_that_cannot_be_measured(tokenizer, tmp_path):
 
 def test_files(tmp_path, monkeypatch):
     from PIL import Image
-    assert load_settings().figure_dpi == 300
     monkeypatch.setenv("MOE_ROUTING_FIGURE_DPI", "60")                    # small pictures are quick to write
     for i, (curves, m) in enumerate(((by_hand(ROWS), measured()), (None, measured()), (by_hand([{"step": 1, "loss": float("nan")}]), None), (None, None))):
         decision = decide(curves, m)
