@@ -122,9 +122,8 @@ def test_dependent_rows_are_refused_others_are_not(small, tokenizer, name):
     params = {k: v for k, v in row.example.items() if k not in ("k", "max_k")} | ({"max_k": 2} if "max_k" in row.example else {}) | ({"weigh": "renorm"} if name == "dense" else {})
     if name in ("expert_choice", "expert_threshold", "expert_choice_as_shipped", "random", "position_hash"):
         with pytest.raises(ValueError, match="depend"): routed(small, tokenizer, router=name, **params)
-    else:
-        assert not score_depends_on(name)
-        if not row.needs_null: assert routed(small, tokenizer, router=name, **params).rule is not None
+    elif row.needs_null: assert not score_depends_on(name)
+    else: assert routed(small, tokenizer, router=name, **params).rule is not None
 
 
 def test_a_dependent_router_can_be_forced_and_is_marked(small, tokenizer):
@@ -148,11 +147,13 @@ def test_dense_models_score_with_their_own_gate_only(tokenizer):
 
 
 def test_a_gated_model_says_what_to_do(monkeypatch, settings):
-    import transformers
     def refuse(*a, **k): raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
     monkeypatch.setattr("moe_routing.models.AutoConfig.from_pretrained", refuse)
     with pytest.raises(PermissionError, match="HF_TOKEN"): RoutedLM("meta-llama/Meta-Llama-3-8B", settings=settings)
-    with pytest.raises(ValueError, match="tokenizer"): RoutedLM(object.__new__(transformers.OlmoeForCausalLM)) if False else RoutedLM(OlmoeForCausalLM(tiny_config(TinyRecipe(hidden=16, intermediate=8, layers=1, heads=2, num_experts=4, top_k=2))))
+
+
+def test_a_loaded_model_needs_its_tokenizer(small):
+    with pytest.raises(ValueError, match="tokenizer="): RoutedLM(small)
 
 
 def test_a_missing_model_names_the_way_out(settings):
@@ -181,9 +182,9 @@ def test_full_memory_halves_the_batch_then_names_the_settings(monkeypatch, small
 def test_seed_tasks_on_local_files(settings, small, tokenizer):
     lines = []
     items = {t.name: t for t in load_tasks(["arc_challenge", "hellaswag", "gsm8k"], settings=settings, say=lines.append)}
-    assert {n: (t.shots, t.default_shots, t.source) for n, t in items.items()} == {"arc_challenge": (5, 0, "local"), "hellaswag": (4, 0, "local"), "gsm8k": (8, 5, "local")}
+    assert {n: (t.shots, t.default_shots, t.source) for n, t in items.items()} == {"arc_challenge": (5, 0, "local"), "hellaswag": (3, 0, "local"), "gsm8k": (8, 5, "local")}
     text = "\n".join(lines)
-    assert "gsm8k: 8 shots requested, the task's default is 5" in text and "no split 'train' on disk" in text and "there are 4 examples" in text
+    assert "gsm8k: 8 shots requested, the task's default is 5" in text and "no split 'train' on disk" in text and "there are 3 examples" in text
     assert len(items["hellaswag"].leaves[0].eval_docs) == 12 and str(items["gsm8k"].version) == "3.0"
     question = items["gsm8k"].leaves[0].doc_to_text(items["gsm8k"].leaves[0].eval_docs[0])
     assert question == "Question: What is 1 and 1?\nAnswer:"
@@ -324,7 +325,7 @@ def test_command_line_scores_an_embedded_task(tmp_path, small, tokenizer, monkey
     small.save_pretrained(tmp_path / "m"), tokenizer.save_pretrained(tmp_path / "m")
     original = harness.Tasks
     monkeypatch.setattr(harness, "Tasks", lambda *a, **k: original([], **k))      # without the index of all tasks, which takes many seconds
-    code = main(["run", "--model", "routed", "--model_args", f"pretrained={tmp_path / 'm'},router=topk,k=1,device=cpu", "--tasks", "embedded_word", "--limit", "3", "--output_path", str(tmp_path / "out")])
+    code = main(["run", "--model", "routed", "--model_args", f"pretrained={tmp_path / 'm'},router=topk,k=1", "--device", "cpu", "--tasks", "embedded_word", "--limit", "3", "--output_path", str(tmp_path / "out")])
     out = capsys.readouterr().out
     assert code == 0 and "embedded_word" in out
     (file,) = (tmp_path / "out").rglob("results_*.json")
