@@ -300,9 +300,9 @@ def draw_recall(runs: pd.DataFrame | None):      # (figure, table behind it); No
         part = table[table.kind == kind]
         x = part.horizon.map(places) + shift
         ax.bar(x, 100 * part.recall, .36, color=PALETTE[colour], label={"learned": "best learned", "free": "best free guess"}[kind], yerr=100 * np.clip([part.recall - part.low, part.high - part.recall], 0, None), error_kw={"lw": .8})
-        for place, name, height in zip(x, part.predictor, part.recall): ax.text(place, 2, name, rotation=90, ha="center", va="bottom", fontsize=6, color="white" if height > .3 else "black")
+        for place, name, height in zip(x, part.predictor, part.recall): ax.text(place, 100 * table.chance.max() + 2, name, rotation=90, ha="center", va="bottom", fontsize=6, color="white" if height > .3 else "black")
     for h, chance in table.drop_duplicates("horizon")[["horizon", "chance"]].values: ax.plot([places[h] - .4, places[h] + .4], [100 * chance] * 2, color="black", ls=":", lw=1.1, label="chance" if not places[h] else None)
-    ax.set_xticks(list(places.values()), [TITLES[h].replace(" (", "\n(") for h in places], fontsize=7)
+    ax.set_xticks(list(places.values()), [TITLES[h].replace(" ", "\n", 1) for h in places], fontsize=7)
     ax.set(ylabel="slot recall at k, %", ylim=(0, 100))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig, table
@@ -443,11 +443,13 @@ def draw_worth(runs: pd.DataFrame | None):      # (figure, table behind it); Non
     table = best_replays(runs)
     if table.empty: return None
     fig, ax = plt.subplots(figsize=(6.8, 2.6))
-    places = {h: i for i, h in enumerate(dict.fromkeys(table.horizon))}
-    for i, (kind, colour, label) in enumerate((("learned", "blue", "best learned"), ("free", "orange", "best free guess"), ("oracle", "green", "oracle"))):
+    places, t = {h: i for i, h in enumerate(dict.fromkeys(table.horizon))}, worth_table(runs)
+    alike = t[t.saved.notna() & t.learned & (t.fetch == t.groupby("horizon").fetch.transform("max"))] if "fetch" in t else t[t.saved.notna() & t.learned]
+    table = pd.concat([table, alike.loc[alike.groupby("horizon", sort=False).saved.idxmax()].assign(kind="learned, k fetched")], ignore_index=True)
+    for i, (kind, colour, label) in enumerate((("learned, k fetched", "sky", "best learned, k fetched"), ("free", "orange", "best free guess, k fetched"), ("learned", "blue", "best learned, k or fewer"), ("oracle", "green", "oracle, k or fewer"))):
         part = table[table.kind == kind]
         low, high = (part[c].fillna(part.saved) if c in part else part.saved for c in ("saved_low", "saved_high"))
-        ax.errorbar([places[h] + .15 * (i - 1) for h in part.horizon], 100 * part.saved, yerr=100 * np.clip([part.saved - low, high - part.saved], 0, None), marker="os^"[i], ls="", capsize=2, color=PALETTE[colour], label=label)
+        ax.errorbar([places[h] + .15 * (i - 1.5) for h in part.horizon], 100 * part.saved, yerr=100 * np.clip([part.saved - low, high - part.saved], 0, None), marker="Dso^"[i], ls="", capsize=2, color=PALETTE[colour], label=label)
     ax.axhline(0, color="black", lw=.7)
     random = table[table.kind == "random"].set_index("horizon").saved                  # far below: as a number, so that it does not squeeze the rest
     ax.set_xticks(list(places.values()), [TITLES[h] + (f"\n(random {100 * random[h]:.0f})" if h in random else "") for h in places], fontsize=7)
@@ -836,7 +838,7 @@ def prediction_report(plan: Plan) -> Path:            # of the Markdown file
             "## Coverage at the seed's list", "", *_save(draw_coverage(runs), "coverage", plan, publish), *_table("All needed experts among the first m, %", shown_coverage(coverage, "all"), level=3), *_table("At least one of them, %", shown_coverage(coverage, "any"), "Flagged: this is what the seed calls coverage of all 4. Read it beside its chance.", 3), *_table("Slot recall, %", shown_coverage(coverage, "recall"), level=3),
             *_table("The seed's protocol", progression_table(runs), "Percent, over all layers; held-out documents."), *_save(draw_progression(runs), "progression", plan, publish), *_table("Ablations and settings", shown_ablations(ablation_table(runs)), "hit@1 minus that of the first run of each series, paired by document; p adjusted over the table."),
             *_table("Does temporal prediction help, does simple beat complex", shown_networks(network_table(runs)), "Slot recall at k; differences within one run, so on the same documents; p adjusted over the table. `seed_hybrid_as_shipped` has no causal mask and sees the token it predicts."),
-            "## What it is worth", "", f"Replays of the held-out tokens through an expert cache{_assumed(runs)}. Accuracy is not speed.", "", *_save(draw_worth(runs), "worth", plan, publish), *_table("All replays", shown_worth(worth_table(runs)), level=3), *_table("How local routing is", locality_table(runs), level=3),
+            "## What it is worth", "", f"Replays of the held-out tokens through an expert cache{_assumed(runs)}. Accuracy is not speed. Free guesses were replayed with as many fetches as a token needs experts (k), learned ones and the oracle also with the surest half and quarter of them: whether a free guess would pay with fewer is not known, so only rows with the same number of fetches may be compared.", "", *_save(draw_worth(runs), "worth", plan, publish), *_table("All replays", shown_worth(worth_table(runs)), level=3), *_table("How local routing is", locality_table(runs), level=3),
             *_table("Verdicts on seed 004", verdict_table(found), f"{'; '.join(f'{n} {w}' for w, n in verdict_table(found).verdict.value_counts().items())}."), "## Provenance", "", *_provenance(runs, prepare)]
     path = plan.folder / f"{plan.study.report or 'prediction_report'}.md"
     write_atomic(path, "\n".join(text))
