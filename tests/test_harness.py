@@ -75,7 +75,8 @@ def test_own_gate_scores_as_plain_lm_eval(model, tokenizer):
         a, b = (score_task(lm, item, 6, max_answer=8, say=silent) for lm in (ours, plain))
         assert a["documents"] == b["documents"] and a["metrics"] == b["metrics"]
         (certificate,) = a["model"]["certificates"].values()
-        assert certificate["changed"] == 0 and certificate["rule"] is None and certificate["asked"] == 2
+        assert certificate["changed"] == 0 and certificate["rule"] is None and certificate["asked"] == 2 and certificate["forwards"] == 1
+        assert not model._forward_hooks
 
 
 def test_a_rule_changes_answers_and_leaves_no_trace(model, tokenizer):
