@@ -75,7 +75,8 @@ def test_own_gate_scores_as_plain_lm_eval(model, tokenizer):
         a, b = (score_task(lm, item, 6, max_answer=8, say=silent) for lm in (ours, plain))
         assert a["documents"] == b["documents"] and a["metrics"] == b["metrics"]
         (certificate,) = a["model"]["certificates"].values()
-        assert certificate["changed"] == 0 and certificate["rule"] is None and certificate["asked"] == 2
+        assert certificate["changed"] == 0 and certificate["rule"] is None and certificate["asked"] == 2 and certificate["forwards"] == 1
+        assert not model._forward_hooks
 
 
 def test_a_rule_changes_answers_and_leaves_no_trace(model, tokenizer):
@@ -324,7 +325,7 @@ def test_seed_groups():
 def test_command_line_scores_an_embedded_task(tmp_path, small, tokenizer, monkeypatch, capsys):
     small.save_pretrained(tmp_path / "m"), tokenizer.save_pretrained(tmp_path / "m")
     original = harness.Tasks
-    monkeypatch.setattr(harness, "Tasks", lambda *a, **k: original([], **k))      # without the index of all tasks, which takes many seconds
+    monkeypatch.setattr(harness, "Tasks", type("NoIndex", (original,), {"__init__": lambda self, *a, **k: original.__init__(self, [], **k)}))      # without the index of all tasks, which takes many seconds
     code = main(["run", "--model", "routed", "--model_args", f"pretrained={tmp_path / 'm'},router=topk,k=1", "--device", "cpu", "--tasks", "embedded_word", "--limit", "3", "--output_path", str(tmp_path / "out")])
     out = capsys.readouterr().out
     assert code == 0 and "embedded_word" in out
@@ -332,3 +333,12 @@ def test_command_line_scores_an_embedded_task(tmp_path, small, tokenizer, monkey
     assert json.loads(file.read_text())["config"]["certificates"]["loglikelihood"]["asked"] == 1
     assert main(["run", "--model", "routed", "--tasks", "embeded_word"]) == 1
     assert "did you mean 'embedded_word'" in capsys.readouterr().err
+
+
+def test_lm_eval_can_derive_from_our_task_manager(settings):
+    import lm_eval.tasks
+    theirs = lm_eval.tasks.TaskManager
+    with harness._our_tasks(settings):
+        class Derived(lm_eval.tasks.TaskManager): pass
+        assert issubclass(Derived, Tasks)
+    assert lm_eval.tasks.TaskManager is theirs
