@@ -182,6 +182,15 @@ def test_a_baseline_with_a_sanity_check_of_its_own_has_its_perplexity(make):
     assert (c.value, c.run_id, c.run) == (9.5, "twin", "day0_sanity_check-mixtral/run.json")
 
 
+def test_a_model_that_no_day_names_is_traced_to_the_sixth_day(make, tmp_path):
+    from transformers import LlamaConfig
+    LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50).save_pretrained(tmp_path / "dense")
+    week = make(without=["day5"])
+    summary, _ = w.write_week(week, week.folder / w.DAYS["day6"], [str(tmp_path / "dense")], run_id="today")
+    found = [c for t in summary["tables"].values() for c in t if c["row"] == "dense" and c["value"] is not None]
+    assert {(c["run"], c["run_id"]) for c in found} == {("day6_final/run.json", "today")} and {c["column"] for c in found} == {"Total", "Active", "Experts", "k", "Router"}
+
+
 def test_signs_of_the_ablation(make):
     for effect in (.2, -.3):
         table = w.ablation_table_of(make(change=effect))
