@@ -380,13 +380,13 @@ def draw_depth(distance: list[dict],       # from `depth_distance`
     "Distance and recall of neighbouring layers beside their controls."
     import matplotlib.pyplot as plt
     use_style()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.3))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.6))
     at, scale = [f"{r['layer']}-{r['layer'] + 1}" for r in distance], distance[0]["num_experts"] / 2
     for ax, rows, lines, factor in ((left, distance, (("l1", "measured", "black", "o-"), ("relabelled", "ids relabelled", "vermilion", "s--"), ("shuffled", "another token", "sky", "^:")), scale),
                                     (right, recall, (("recall", "from the set before", "black", "o-"), ("same_id", "same id, another place", "blue", "D-."), ("marginal", "marginal", "vermilion", "s--"), ("shuffled", "another token", "sky", "^:"), ("random", "random", "grey", "x:")), 1)):
         for name, label, colour, style in lines: ax.plot(at, [factor * r[name] for r in rows], style, color=PALETTE[colour], label=label, lw=1)
         ax.set(xlabel="layers", ylim=(0, None))
-        ax.legend()
+        ax.legend(loc="upper center", bbox_to_anchor=(.5, -.28), ncols=3, fontsize=6.5, handlelength=2.6)
         ax.xaxis.set_major_locator(plt.MaxNLocator(8, integer=True))
     left.set(title="distance" + ("" if aligned else " (ids of layers do not align)"), ylabel="total variation")
     left.secondary_yaxis("right", functions=(lambda y: y / scale, lambda y: y * scale)).set_ylabel("the seed's scale", fontsize=7)
@@ -426,7 +426,7 @@ def draw_orthogonality(rows: list[dict]):     # from `orthogonality`; returns a 
     "Histogram of the cosines over random vectors', and the mean absolute cosine of each layer with the 95 % of random ones."
     import matplotlib.pyplot as plt
     use_style()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.3))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.5))
     every, R = np.concatenate([r["cosines"] for r in rows]), rows[0]["width"]
     chance = random_cosines(64, R, 100, np.random.default_rng(0)).ravel()
     high = max(np.abs(every).max(), np.quantile(np.abs(chance), .999))
@@ -438,9 +438,9 @@ def draw_orthogonality(rows: list[dict]):     # from `orthogonality`; returns a 
     right.fill_between(layers, [r["abs_low"] for r in rows], [r["abs_high"] for r in rows], color=PALETTE["sky"], alpha=.5, lw=0, label="random, 95 %")
     right.plot(layers, [r["abs_formula"] for r in rows], "--", color=PALETTE["vermilion"], lw=1, label=r"$\sqrt{2/(\pi R)}$")
     right.plot(layers, [r["abs"] for r in rows], "o-", color=PALETTE["black"], lw=1, label="experts")
-    right.set(title="mean absolute cosine", xlabel="layer", ylim=(0, None))
+    right.set(title="mean absolute cosine", xlabel="layer", ylim=(0, 1.12 * max(max(r["abs"], r["abs_high"]) for r in rows)))
     right.xaxis.set_major_locator(plt.MaxNLocator(8, integer=True))
-    for ax in (left, right): ax.legend()
+    for ax in (left, right): ax.legend(loc="upper center", bbox_to_anchor=(.5, -.28), ncols=3)
     return fig
 
 # %% ../nbs/64_domains.ipynb #ce8f2c0b

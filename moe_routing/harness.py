@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -138,7 +138,8 @@ class RoutedLM(HFLM):
         self.depends_on = score_depends_on(router) if isinstance(router, str) else []
         if self.depends_on and not allow_dependent: raise ValueError(_refusal(router, self.depends_on))
         known(experts or "keep", ("keep", "ragged"), "value of experts")
-        self.mode, self.router, self.halve, self.progress, self.certificates = experts or ("keep" if router is None else "ragged"), router, halve, progress, {}
+        self.certificates, self.watched = {}, {}                  # of the requests since the last task began; of the model's own gate, by kind of request
+        self.mode, self.router, self.halve, self.progress = experts or ("keep" if router is None else "ragged"), router, halve, progress
         self._how = dict(quantize=quantize, dtype=dtype, revision=revision, experts="ragged" if self.mode == "ragged" else None, parallel=parallelize, steps=steps)
         with quiet(not progress or not isinstance(pretrained, str)):
             super().__init__(pretrained, tokenizer=tokenizer, device=str(device or self.settings.torch_device()), batch_size=batch_size, parallelize=parallelize, **hflm)
@@ -193,14 +194,27 @@ def _why_unobserved(model) -> str:
     except ValueError as e: return _sentence(e)
     return "; ".join(f"{k}: {v}" for k, v in refused.items())
 
+@contextmanager
+def _first_forward_watched(lm: RoutedLM):
+    "The model's own gate, watched in the first forward and left alone in all others: watching costs time and changes nothing."
+    with ExitStack() as patched:
+        patch = patched.enter_context(route(lm.model, None, experts=lm.mode))
+        handle = lm.model.register_forward_hook(lambda *_: patched.close())
+        try: yield patch
+        finally: handle.remove()
+
 def _under_rule(lm: RoutedLM, what: str, requests: list, disable_tqdm: bool):
     "Answer requests inside the patch; with half the batch when memory is full."
     answer = lambda: getattr(super(RoutedLM, lm), what)(requests, disable_tqdm=disable_tqdm or not lm.progress)
     while True:
         try:
             if not requests or lm.unobserved: return answer()
-            with route(lm.model, lm.rule, experts=lm.mode) as patch: out = answer()
+            if what in lm.watched:
+                out, lm.certificates[what] = answer(), lm.watched[what]
+                return out
+            with _first_forward_watched(lm) if lm.rule is None else route(lm.model, lm.rule, experts=lm.mode) as patch: out = answer()
             lm.certificates[what] = {k: v for k, v in patch.report().as_dict().items() if k != "per_layer"}
+            if lm.rule is None: lm.watched[what] = lm.certificates[what]
             return out
         except torch.OutOfMemoryError as e: error = _sentence(e)
         torch.cuda.empty_cache()
@@ -669,7 +683,9 @@ def _our_tasks(settings):
     "Within the block lm-eval's command line makes our task manager."
     import lm_eval.tasks as module
     theirs = module.TaskManager
-    module.TaskManager = lambda *args, **options: Tasks(*args, settings=settings, **options)
+    class OurTasks(Tasks):                                   # a class, because lm-eval derives from it
+        def __init__(self, verbosity=None, **options): super().__init__(settings=settings, **options)
+    module.TaskManager = OurTasks
     try: yield
     finally: module.TaskManager = theirs
 

@@ -120,7 +120,7 @@ def _write_day(study: Path, day: str, template: str, code: str, record: dict, fi
     for name, what in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(what))
-    whole = {"study": study.name, "group": "", "template": template, "run_id": f"{sum(map(ord, day)):010x}", "parameters": {"model": "tiny", "model_name": "Tiny-16E"}, "settings": {}, "code": code, "commit": None,
+    whole = {"study": study.name, "group": "", "template": template, "run_id": f"{sum(map(ord, day)):010x}", "settings": {}, "code": code, "commit": None,
              "dirty": False, "seed": 0, "status": "finished", "error": None, "metrics": {}, "documents": {}, "notes": {}, "files": [f"{day}/{n}" for n in files], "seconds": 1.0, **record}
     (folder / "run.json").write_text(json.dumps(whole, indent=1))
     return folder
@@ -128,7 +128,7 @@ def _write_day(study: Path, day: str, template: str, code: str, record: dict, fi
 def _made_up_scores(rng, scores: dict[str, float], task: str, n: int) -> dict[str, dict]:
     "Results of the models on the documents of a task: harder documents are harder for all."
     hard = rng.random(n)
-    return {m: {"task": task, "model": {"name": "tiny" if m == "Tiny-16E" else m, "router": None}, "documents": {"id": [f"{task}/{i}" for i in range(n)], "hash": [f"{i:x}" for i in range(n)], "cluster": [f"{task}/{i}" for i in range(n)],
+    return {m: {"task": task, "model": {"name": "tiny" if m == next(iter(scores)) else m, "router": None}, "documents": {"id": [f"{task}/{i}" for i in range(n)], "hash": [f"{i:x}" for i in range(n)], "cluster": [f"{task}/{i}" for i in range(n)],
                 "score": [float(h < s) for h in hard]}} for m, s in scores.items()}
 
 # %% ../nbs/77_week_report.ipynb #cdd169cd
@@ -152,7 +152,7 @@ def made_up_week(folder: Path,                     # of the study
     own, *others = scores
     speed = speed or {m: 100.0 - i for i, m in enumerate(scores)}
     folder.mkdir(parents=True, exist_ok=True)
-    def day(name, record, files): return None if name in without else _write_day(folder, DAYS[name], template, code, record, files)
+    def day(name, record, files): return None if name in without else _write_day(folder, DAYS[name], template, code, {"parameters": {"model": "tiny", "model_name": own}, **record}, files)
     go = "GO" if cv < .3 and maxvio < .5 else "NO-GO"
     log = {"last": {"cv": cv, "maxvio": maxvio, "loss": 2.0}, "share_of_points_below_limit": {"cv": share_below, "maxvio": share_below}, "auxiliary_terms_largest": {"aux_loss": 0.0} if aux is None else aux}
     day("day0", {"metrics": {"verdict": go, "perplexity_wikitext": 12.5}, "notes": {"model_name": own}},
@@ -196,6 +196,7 @@ class Week:
     folder: Path
     days: dict[str, Day]                   # of DAYS, the last excepted
     more: list[Day]                        # runs of a day for a baseline
+    run_id: str = ""                       # of the sixth day's own run, the origin of what it counts itself
 
     def of(self, name: str) -> list[Day]:
         "The finished runs of a day, the model's own first."
@@ -510,11 +511,15 @@ def _guessing(week: Week, tasks: Sequence[str], text: str) -> dict[str, Cell]:
     nothing = Cell(why="guessing uses no parameters and takes no time")
     return {"active": nothing, **cells, "speed": nothing}
 
+def _today(week: Week) -> Day:
+    "The day that is being made."
+    return Day("day6", week.folder / DAYS["day6"], {"run_id": week.run_id, "parameters": {}})
+
 def size_cell(week: Week, row: Row, what: str, specs: dict[str, dict | str]) -> Cell:   # total, active, ...; row name -> specification, or why there is none
     "A number of the specification; its run is one that names the model."
     found = specs[row.name]
     day = next((d for d in (*week.days.values(), *week.more) if d.record and (row.own or row.is_called(d.record["parameters"].get("model"), d.record.get("notes", {}).get("model_name")))),
-               week.days["day1_2"] if row.key else week.days["day5"])
+               week.days["day1_2"] if row.key else week.days["day5"] if any(row.is_called(m) for models in _speeds(week).values() for m in models) else _today(week))
     if isinstance(found, str): return day.gap(found)
     return Cell(found[what], run=day.run, run_id=day.run_id, source=f"configuration of {row.model}")
 
@@ -795,8 +800,6 @@ def claim_performance(week: Week, rows: Sequence[Row], margin: float = .02) -> C
     return _claim("performance", "claim", "Competitive on standard benchmarks", _today(week), "table1_comparison.tex", all(sum(f) >= len(f) / 2 for f in pairs.values()) if pairs else None,
                   value or week.days["day1_2"].why or "no baseline was paired with the model")._replace(run=week.days["day1_2"].run if pairs else "", run_id=week.days["day1_2"].run_id)
 
-def _today(week: Week) -> Day: return Day("day6", week.folder / DAYS["day6"])
-
 # %% ../nbs/77_week_report.ipynb #cc5902ef
 def criterion_go(week: Week) -> Claim:
     "The sanity check says GO."
@@ -870,10 +873,12 @@ def week_text(week: Week, tables: Sequence[Table], claims: Sequence[Claim]) -> s
 def write_week(week: Week, out: str | Path,              # folder of the sixth day
                baselines: Sequence[str | dict] = (),     # as in `week_rows`
                text: str = "wikitext",                   # of the perplexity in table 1
+               run_id: str = "",                         # of the sixth day's own run
                settings=None,
               ) -> tuple[dict, list[str]]:               # the summary, names of the files
     "Write the three tables, tables.tex, final_summary.json and final_report.txt."
-    out, settings, rows = Path(out), settings or load_settings(), week_rows(week, baselines)
+    out, settings, week = Path(out), settings or load_settings(), replace(week, run_id=run_id)
+    rows = week_rows(week, baselines)
     out.mkdir(parents=True, exist_ok=True)
     specs = read_specifications(rows, settings)
     tables = [comparison_table(week, rows, specs, text), ablation_table_of(week, settings.results_dir), specification_table(week, rows, specs)]
