@@ -370,6 +370,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'moe_routing.harness._documents': ('harness.html#_documents', 'moe_routing/harness.py'),
                                      'moe_routing.harness._embedded_task': ('harness.html#_embedded_task', 'moe_routing/harness.py'),
                                      'moe_routing.harness._finished': ('harness.html#_finished', 'moe_routing/harness.py'),
+                                     'moe_routing.harness._first_forward_watched': ( 'harness.html#_first_forward_watched',
+                                                                                     'moe_routing/harness.py'),
                                      'moe_routing.harness._fitting_answers': ('harness.html#_fitting_answers', 'moe_routing/harness.py'),
                                      'moe_routing.harness._json_rows': ('harness.html#_json_rows', 'moe_routing/harness.py'),
                                      'moe_routing.harness._limits': ('harness.html#_limits', 'moe_routing/harness.py'),
