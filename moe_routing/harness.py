@@ -122,6 +122,7 @@ class RoutedLM(HFLM):
                  experts: str | None = None,      # "ragged", or "keep" (the model's own backend); default: keep for the model's own gate, else ragged
                  null: str = "kde",               # for bh, by, hc: kde, trimmed, empirical, conformal
                  calibration_texts: int = 240,    # documents the null is fitted on
+                 calibration_data: str = "auto", # where they come from: embedded, local, hub; auto: embedded for the tiny model, else local or hub
                  allow_dependent: bool = False,   # score a router although its scores depend on the batch; the results say so
                  halve: bool = True,              # go on with half the batch when the GPU's memory is full
                  batch_size: int | str = 8,       # or "auto"
@@ -145,7 +146,7 @@ class RoutedLM(HFLM):
             super().__init__(pretrained, tokenizer=tokenizer, device=str(device or self.settings.torch_device()), batch_size=batch_size, parallelize=parallelize, **hflm)
         if hasattr(self, "accelerator"): self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes   # HFLM sets them on GPUs only
         self.name, self.revision = pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", "") or type(pretrained).__name__, revision
-        self.rule, self.unobserved = _make_rule(self, null, calibration_texts), ""
+        self.rule, self.unobserved = _make_rule(self, null, calibration_texts, calibration_data), ""
         if self.rule is None: self.unobserved = _why_unobserved(self.model)
 
     def _get_config(self, pretrained, **_):
@@ -177,14 +178,14 @@ def _load_tokenizer(name: str, settings):
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code, local_files_only=not settings.hub)
 
-def _make_rule(lm: RoutedLM, null: str, texts: int):
+def _make_rule(lm: RoutedLM, null: str, texts: int, source: str):
     "The rule that decides, or None for the model's own gate."
     if lm.router is None: return None
     try: moe_layers(lm.model)
     except ValueError as e: raise ValueError(f"router {lm.router!r} was asked for, but {lm.name!r} has no experts that it could choose ({e}): use router=None for it") from e
     if not isinstance(lm.router, str): return lm.router
     row, params = find_row(lm.router), dict(lm.params)
-    if row.needs_null: params["null"] = calibrated_null(lm.model, lm.tokenizer, null, source=resolve_source("auto", lm.name), texts=texts)
+    if row.needs_null: params["null"] = calibrated_null(lm.model, lm.tokenizer, null, source=resolve_source(source, lm.name), texts=texts)
     rule = make_rule(row, **params)
     return row.evaluate(rule) if row.evaluate else rule
 
