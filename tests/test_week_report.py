@@ -239,6 +239,12 @@ def test_figures_below_300_dpi_and_broken_tables_are_said(make):
     assert w.criterion_tables(out).verdict == "does not hold" and "table3_specifications.tex is not there" in w.criterion_tables(out).value
 
 
+@pytest.mark.parametrize("cv, floor, wanted", [(.5, .05, "does not hold"), (.05, .02, "not measured"), (.5, .4, "not measured")])
+def test_without_a_log_the_models_own_load_can_only_refute(make, cv, floor, wanted):
+    week = make(change("day0", "metrics.json", lambda s: s.update(log=None, layers=[{"cv": cv, "cv_random": floor}] * 3)))
+    assert w.claim_balance(week).verdict == wanted and w.criterion_throughout(week).verdict == "not measured"
+
+
 def test_one_gate_for_each_layer_is_no_evidence_about_a_gru(make):
     week = make(change("day3_4", "specialization_report.json", lambda s: s["trajectory"].update(ids_align=False) or [r.update(kind="gate") for r in s["orthogonality"]] and None))
     assert w.claim_trajectory(week).verdict == w.claim_orthogonality(week).verdict == "not measured"
