@@ -18,7 +18,7 @@ __all__ = ['ORDER', 'TITLES', 'COLOURS', 'PROGRESSION', 'SHAPE', 'QUESTIONS', 'B
 
 # %% ../nbs/76_prediction_report.ipynb #cf2f4a12
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import ceil
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import in_range, known
+from .core import known
 from .figures import PALETTE, save_fig, use_style
 from .predictors import COVERAGE, HORIZONS, PRESETS, random_value
 from .runs import Plan, code_hash, load_runs, template_path, write_atomic

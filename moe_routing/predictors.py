@@ -13,7 +13,7 @@ __all__ = ['HORIZONS', 'COVERAGE', 'BASELINES', 'LOSSES', 'PREDICTORS', 'PRESETS
 # %% ../nbs/51_predictors.ipynb #ce6125c4
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import comb, cos, pi
 
 import torch

@@ -19,7 +19,7 @@ from moe_routing.gate import (GATE_TEXTS, LIMITS, PUBLISHED, Check, Curves, Gate
                               gate_texts, load_excess, measure_model, quantity_of, read_curves, require_go, seed_gate, seed_load, worst_layer, write_check)
 from moe_routing.metrics.load import counts_of, cv, max_violation, noise_floor, random_loads
 from moe_routing.models import load_model, make_tokenizer
-from moe_routing.patching import moe_layers, route
+from moe_routing.patching import route
 from moe_routing.settings import load_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
