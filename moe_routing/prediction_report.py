@@ -300,9 +300,9 @@ def draw_recall(runs: pd.DataFrame | None):      # (figure, table behind it); No
         part = table[table.kind == kind]
         x = part.horizon.map(places) + shift
         ax.bar(x, 100 * part.recall, .36, color=PALETTE[colour], label={"learned": "best learned", "free": "best free guess"}[kind], yerr=100 * np.clip([part.recall - part.low, part.high - part.recall], 0, None), error_kw={"lw": .8})
-        for place, name, height in zip(x, part.predictor, part.recall): ax.text(place, 100 * table.chance.max() + 2, name, rotation=90, ha="center", va="bottom", fontsize=6, color="white" if height > .3 else "black")
+        for place, name, height in zip(x, part.predictor, part.recall): ax.text(place, 100 * table.chance.max() + 2 if len(name) < 17 else 1, name, rotation=90, ha="center", va="bottom", fontsize=6, color="white" if height > .3 else "black")
     for h, chance in table.drop_duplicates("horizon")[["horizon", "chance"]].values: ax.plot([places[h] - .4, places[h] + .4], [100 * chance] * 2, color="black", ls=":", lw=1.1, label="chance" if not places[h] else None)
-    ax.set_xticks(list(places.values()), [TITLES[h].replace(" ", "\n", 1) for h in places], fontsize=7)
+    ax.set_xticks(list(places.values()), [TITLES[h].replace(" (", "\n(") if "(" in TITLES[h] else TITLES[h].replace(" ", "\n", 1) for h in places], fontsize=7)
     ax.set(ylabel="slot recall at k, %", ylim=(0, 100))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig, table
