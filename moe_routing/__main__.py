@@ -36,6 +36,10 @@ def main() -> int:
     bench = verbs.add_parser("bench", help="measure the speed and quality claims, a ratio in one process each")
     bench.add_argument("names", nargs="*", help="templates nbs/runs/bench_<name>.ipynb (default: all)")
     verbs.add_parser("readme", help="write README.md from nbs/index.ipynb")
+    confirm = verbs.add_parser("confirm", help="repeat a sample of a study's stale runs by today's code; where every bit agrees, the study counts again")
+    confirm.add_argument("study")
+    confirm.add_argument("--share", type=float, default=.1, help="of the stale runs to repeat; one of each group and router at least (default .1)")
+    confirm.add_argument("--cores", type=int, default=1)
     verbs.add_parser("status", help="runs finished, failed, stale and running, by study")
     args, more = parser.parse_known_args()
     if hasattr(args, "overrides"):                 # argparse gives up on key=value behind an option
@@ -52,6 +56,11 @@ def main() -> int:
             said = {"model": args.checkpoint, "only": args.only, "start_from": args.start_from, **{flag: getattr(args, flag) or None for flag in WEEK_FLAGS}}
             wanted = {**runs.parse_overrides(args.overrides), **{k: v for k, v in said.items() if v is not None}}
             return runs.run_study(args.config, wanted, args.cores, more=["--dry-run", "--quiet", "rules"] if args.dry_run else [])
+        if args.verb == "confirm":
+            found = runs.confirm_study(args.study, args.share, args.cores)
+            different = {n: where for f in found.values() for n, where in f["different"].items()}
+            print(f"{args.study}: {sum(len(f['repeated']) for f in found.values())} runs repeated, {len(different)} differ" + (": FRESH=1 does the study again" if different else ""))
+            return int(bool(different))
         if args.verb == "status":
             runs.print_status()
         elif args.verb == "readme":

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEERING', 'template_path', 'template_parameters', 'resolve_parameters', 'visible_gpus', 'result_settings', 'run_id',
            'code_hash', 'code_at', 'write_atomic', 'Run', 'run_template', 'Plan', 'plan_study', 'run_state',
-           'load_runs', 'recover', 'execute', 'parse_overrides', 'study_status', 'failures', 'run_study',
-           'print_status']
+           'load_runs', 'recover', 'execute', 'confirm_study', 'parse_overrides', 'study_status', 'failures',
+           'run_study', 'print_status']
 
 # %% ../nbs/70_runs.ipynb #c8399db2
 import ast
@@ -453,23 +453,34 @@ def _named(study: Study, points: list[dict], names: list[str]) -> list[str]:
         if fixed.count(name) > 1: raise ValueError(f"the name {name!r} is for one run, and its group has {fixed.count(name)}")
     return [f or n for f, n in zip(fixed, names)]
 
+# %% ../nbs/70_runs.ipynb #c133a833
+CONFIRMED = "confirmed.json"
+
+def _is_confirmed(folder: Path, record: dict, template: Path, root: Path, today: str, seen: dict) -> bool:
+    "Does the study's confirmation speak for this run, and was it made by today's code?"
+    file = folder.parent / CONFIRMED
+    if file not in seen: seen[file] = _read(file) or {}
+    found = seen[file].get(record["template"])
+    return bool(found) and not found["different"] and found["speaks_for"].get(folder.name) == record["code"] and _code_of(found, template, root, today, seen) == today
+
 # %% ../nbs/70_runs.ipynb #c8c70895
 def run_state(folder: Path,                        # of a run
               code: str,                           # today's code hash of its template
               root: Path | None = None,            # of the repository, whose history tells whether anything the run reaches has changed
               seen: dict | None = None,            # keeps what was looked up there, for many runs
              ) -> str:
-    "finished, stale, failed, running or open."
+    "finished, confirmed, stale, failed, running or open."
     folder, record = Path(folder), _read(Path(folder) / "run.json")
     if _alive(_read(folder / "owner.json")): return "running"
     if record is None: return "open"
     if record["status"] != "finished": return "failed" if record["status"] == "failed" else "open"
     if any(not (folder.parent / f).exists() for f in record.get("files", [])): return "open"
     if record["code"] == code: return "finished"
-    root = root or find_root()
+    root, seen = root or find_root(), {} if seen is None else seen
     try: template = template_path(record["template"], root)
     except ValueError: return "stale"
-    return "finished" if _code_of(record, template, root, code, {} if seen is None else seen) == code else "stale"
+    if _code_of(record, template, root, code, seen) == code: return "finished"
+    return "confirmed" if _is_confirmed(folder, record, template, root, code, seen) else "stale"
 
 # %% ../nbs/70_runs.ipynb #c331f679
 def load_runs(folder: str | Path,                  # of a study
@@ -484,10 +495,12 @@ def load_runs(folder: str | Path,                  # of a study
         if record is None or record["status"] != "finished": continue
         name = record["template"]
         if name not in hashes: hashes[name] = code_hash(template_path(name, root))
-        code = _code_of(record, template_path(name, root), root, hashes[name], seen)
+        code, template = _code_of(record, template_path(name, root), root, hashes[name], seen), template_path(name, root)
+        again = code != hashes[name] and _is_confirmed(file.parent, record, template, root, hashes[name], seen)
+        if again: code = hashes[name]
         if code != hashes[name] and not stale: continue
         rows.append({"run": file.parent.name, **record["parameters"], "group": record["group"], **record["metrics"], "run_id": record["run_id"], "code": code,
-                     "stale": code != hashes[name], "seconds": record["seconds"], "documents": record["documents"], "notes": record["notes"]})
+                     "stale": code != hashes[name], "confirmed": again, "seconds": record["seconds"], "documents": record["documents"], "notes": record["notes"]})
     return pd.DataFrame(rows)
 
 # %% ../nbs/70_runs.ipynb #c342d82d
@@ -520,7 +533,7 @@ def recover(plan: Plan,
         folder = plan.folder / name
         _end_survivors(folder)
         state = run_state(folder, code_of(plan.template(name)), root, seen)
-        if state not in ("finished", "stale") or (fresh and state == "stale"): (folder / "finished").unlink(missing_ok=True)
+        if state not in ("finished", "confirmed", "stale") or (fresh and state == "stale"): (folder / "finished").unlink(missing_ok=True)
         if fresh and state == "stale": (folder / "run.json").unlink(missing_ok=True)
         states.setdefault(state, []).append(name)
     if plan.prepare is not None:
@@ -528,7 +541,7 @@ def recover(plan: Plan,
         _end_survivors(folder)
         state = run_state(folder, code_hash(template_path(plan.study.prepare, root)), root, seen)
         if state != "finished" and (fresh or state != "stale"): (folder / "finished").unlink(missing_ok=True)
-    again = sum(len(names) for state, names in states.items() if state not in ("finished", "stale")) + fresh * len(states.get("stale", []))
+    again = sum(len(names) for state, names in states.items() if state not in ("finished", "confirmed", "stale")) + fresh * len(states.get("stale", []))
     if again: (plan.folder / f"{plan.study.report}.md").unlink(missing_ok=True)    # Snakemake would take a report that is there for the end of the work
     return states
 
@@ -577,11 +590,89 @@ def execute(plan: Plan,
         template, point = plan.template(name), dict(plan.runs[name])
     group = point.pop("group", "")
     record = _read(folder / "run.json")
-    if record is None or name == "prepare" or run_state(folder, code_hash(template_path(template, root)), root) != "finished":
+    if record is None or name == "prepare" or run_state(folder, code_hash(template_path(template, root)), root) not in ("finished", "confirmed"):
         with _one_gpu(root): record = run_template(template, point, folder, plan.folder.name, group, root, show=name == "prepare")
     write_atomic(folder / "finished", record["code"] + "\n")
     print(_progress(plan, root, name, record["seconds"]), flush=True)
     return record
+
+# %% ../nbs/70_runs.ipynb #cda664de
+_TIMED = re.compile(r"seconds|_ms($|_)|_ms_|latency|per_s|tflops|GiBps|_mb$|peak_|speed|_time$|^started$|p\d\d_|avg_ms|overhead")
+
+def _differing(old, new, path: str = "") -> tuple[int, list[str]]:      # values from JSON
+    "How many values were compared, and the places where the new ones differ; what only the new ones have does not count."
+    if isinstance(old, dict) and isinstance(new, dict): pairs = [(f"{path}/{k}", v, new.get(k, "missing")) for k, v in old.items() if not _TIMED.search(k)]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new): pairs = [(path, a, b) for a, b in zip(old, new)]
+    else: return 1, [] if json.dumps(old) == json.dumps(new) else [path]
+    found = [_differing(a, b, p) for p, a, b in pairs]
+    return sum(n for n, _ in found), list(dict.fromkeys(d for _, ds in found for d in ds))
+
+def _outcome(folder: Path) -> dict:
+    "All that a run left and that can be compared: metrics, documents, and its logs."
+    record = _read(folder / "run.json")
+    logs = {f.name: [json.loads(line) for line in f.read_text().splitlines()] if f.suffix == ".jsonl" else _read(f) for f in sorted(folder.glob("*.json*"))
+            if f.suffix in (".json", ".jsonl") and f.name not in ("run.json", "owner.json", "kernel.json")}
+    return {"metrics": record["metrics"], "documents": record["documents"], **logs}
+
+# %% ../nbs/70_runs.ipynb #c37414bb
+def _kind(record: dict) -> tuple:
+    "What a run is an instance of: its group, and the router, predictors or other name that its template varies."
+    p = record["parameters"]
+    return record["group"], *(str(p[k]) for k in ("router", "horizon", "dataset", "predictors", "E") if k in p)
+
+def _sampled(records: dict[str, dict], share: float, seed: int) -> list[str]:     # run -> record
+    "At least one run of each kind, and `share` of all, drawn at random."
+    import random
+    names = sorted(records)
+    random.Random(seed).shuffle(names)
+    first = list({_kind(records[n]): n for n in names}.values())
+    rest = [n for n in names if n not in first]
+    return sorted(first + rest[:max(0, round(share * len(names)) - len(first))])
+
+# %% ../nbs/70_runs.ipynb #c8db4e29
+def confirm_study(name: str,                       # study
+                  share: float = .1,               # of its stale runs to repeat; one of each group and router at least
+                  cores: int = 1,                  # processes at once
+                  seed: int = 0,                   # of the choice
+                  root: Path | None = None, say=print,
+                 ) -> dict:                        # template -> what confirmed.json holds
+    "Repeat a sample of a study's stale runs by today's code and compare to the last bit. Leaves confirmed.json; ValueError for a share outside (0, 1]. A study without stale runs is left alone."
+    if not 0 < share <= 1: raise ValueError(f"share = {share} is outside (0, 1]: .1 repeats a tenth of the stale runs")
+    root = Path(root or find_root())
+    folder, scratch = plan_study(name, root=root).folder, load_settings(root).cache_dir / "confirm" / name
+    records = {f.parent.name: r for f in sorted(folder.glob("*/run.json")) if f.parent.name != "prepare" and (r := _read(f)) and r["status"] == "finished"}
+    found, seen = _read(folder / CONFIRMED) or {}, {}
+    for template in sorted({r["template"] for r in records.values()}):
+        path = template_path(template, root)
+        today = code_hash(path)
+        stale = {n: r for n, r in records.items() if r["template"] == template and _code_of(r, path, root, today, seen) != today}
+        if not stale or all(_is_confirmed(folder / n, r, path, root, today, seen) for n, r in stale.items()): continue
+        found[template] = _repeat(stale, _sampled(stale, share, seed), folder, scratch, path, today, cores, root, say)
+        write_atomic(folder / CONFIRMED, _readable(found) + "\n")
+    return found
+
+# %% ../nbs/70_runs.ipynb #cc8b2265
+def _again(record: dict, folder: Path, today: str, root: Path) -> None:
+    "Repeat a run in another folder, unless today's code has done so there."
+    done = _read(folder / "run.json")
+    if not (done and done["status"] == "finished" and done["code"] == today): run_template(record["template"], record["parameters"], folder, record["study"], record["group"], root)
+
+def _repeat(stale: dict, chosen: list[str], folder: Path, scratch: Path, template: Path, today: str, cores: int, root: Path, say) -> dict:
+    "Repeat the chosen runs and say what differs."
+    from concurrent.futures import ThreadPoolExecutor, as_completed    # every run is a kernel of its own anyway
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    different, values = {}, 0
+    with ThreadPoolExecutor(cores) as pool:
+        jobs = {pool.submit(_again, stale[n], scratch / n, today, root): n for n in chosen}
+        for i, job in enumerate(as_completed(jobs), 1):
+            job.result()
+            n = jobs[job]
+            count, where = _differing(_outcome(folder / n), _outcome(scratch / n))
+            values += count
+            if where: different[n] = where[:20]
+            say(f"[{i}/{len(chosen)}] {n}: {count} values, {len(where)} differ")
+    return {"code": today, **_git(root), "repeated": chosen, "values": values, "different": different, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "speaks_for": {n: r["code"] for n, r in sorted(stale.items())}}
 
 # %% ../nbs/70_runs.ipynb #c1040378
 def parse_overrides(pairs: list[str],              # ["model=name", "limit=20"]
@@ -618,14 +709,14 @@ def run_study(name: str,                           # study
     plan = plan_study(name, overrides, root)
     _refuse_if_running(plan, root)
     stale = study_status(plan, root).get("stale", [])
-    if stale and not fresh: print(f"{len(stale)} finished runs were made by other code and will not be published: FRESH=1 does them again")
+    if stale and not fresh: print(f"{len(stale)} finished runs were made by other code and will not be published: FRESH=1 does them again, `make confirm STUDY={name}` repeats a sample and compares")
     config = {**plan.overrides, **{k: v for k, v in (overrides or {}).items() if k in STEERING}}
     config = ["--config", *(f"{k}={v}" for k, v in config.items())] if config else []
     command = [sys.executable, "-m", "snakemake", "-s", str(root / "papermill_runs" / "Snakefile"), "--cores", str(cores or os.cpu_count()),
                plan.study.name, *(more or []), *config]
     code = subprocess.run(command, cwd=root, env={**os.environ, **({"MOE_FRESH": "1"} if fresh else {})}).returncode
     states = study_status(plan, root)
-    print(f"\n{plan.folder.name}: {len(states.get('finished', []))} of {len(plan.runs)} runs finished")
+    print(f"\n{plan.folder.name}: {sum(len(states.get(s, [])) for s in ('finished', 'confirmed'))} of {len(plan.runs)} runs finished")
     if code:
         for line in failures(plan): print("failed:", line)
         print("what is finished is kept; the same command goes on from here")
@@ -639,5 +730,5 @@ def print_status(root: Path | None = None) -> None:
     for file in sorted((root / "papermill_runs" / "studies").glob("*.yaml")):
         plan = plan_study(file.stem, root=root)
         states = {k: len(v) for k, v in study_status(plan, root).items()}
-        print(f"{file.stem:24s} {len(plan.runs):4d} runs  " + "  ".join(f"{k} {states[k]}" for k in ("finished", "running", "failed", "stale", "open") if k in states))
+        print(f"{file.stem:24s} {len(plan.runs):4d} runs  " + "  ".join(f"{k} {states[k]}" for k in ("finished", "confirmed", "running", "failed", "stale", "open") if k in states))
         for line in failures(plan): print("    failed:", line)

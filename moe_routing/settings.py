@@ -36,6 +36,7 @@ class Settings:
     hub: bool = True                           # may the hub be asked?
     figure_dpi: int = 300                      # of PNG figures
     trust_remote_code: bool = False            # may a checkpoint's own code run?
+    allow_code_execution: bool = False         # may programs that a model wrote be run?
 
     def torch_device(self):
         "The torch.device to compute on."
