@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEERING', 'template_path', 'template_parameters', 'resolve_parameters', 'visible_gpus', 'result_settings', 'run_id',
            'code_hash', 'code_at', 'write_atomic', 'Run', 'run_template', 'Plan', 'plan_study', 'run_state',
-           'load_runs', 'recover', 'execute', 'confirm_study', 'parse_overrides', 'study_status', 'failures',
-           'run_study', 'print_status']
+           'load_runs', 'recover', 'execute', 'confirm_study', 'draw_plan', 'parse_overrides', 'study_status',
+           'failures', 'run_study', 'print_status']
 
 # %% ../nbs/70_runs.ipynb #c8399db2
 import ast
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -421,7 +421,7 @@ def plan_study(name: str,                          # a file papermill_runs/studi
     order = {k: overrides.pop(k) for k in STEERING if k in overrides}
     file = Path(name) if str(name).endswith(".yaml") else root / "papermill_runs" / "studies" / f"{name}.yaml"
     study, settings = load_study(file), load_settings(root)
-    machine, several = result_settings(settings), any("template" in g for g in study.groups.values())
+    machine, several = result_settings(settings) | ({"dtype": study.dtype} if study.dtype else {}), any("template" in g for g in study.groups.values())
     points = [p if not several else {**_known_to(study, p["group"], p, overrides, root), "group": p["group"]} for p in ({**p, **({} if several else overrides)} for p in study.points())]
     try:
         if several: _all_used(study, overrides, root)
@@ -434,7 +434,7 @@ def plan_study(name: str,                          # a file papermill_runs/studi
     if study.prepare:
         wanted = template_parameters(template_path(study.prepare, root))
         prepare = {k: v for k, v in {**study.base, **overrides}.items() if k in wanted}
-    suffix = "".join(f"--{_slug(v)}" for v in overrides.values())
+    suffix = "".join(f"--{'' if v else 'no_'}{k}" if isinstance(v, bool) else f"--{_slug(v) or k}" for k, v in overrides.items())
     runs = {n: p for n, p in zip(names, points) if p["group"] in picked}
     before = {n: [m for m, q in runs.items() if q["group"] in study.groups[p["group"]].get("after", [])] for n, p in runs.items()}
     return Plan(study, settings.results_dir / f"{study.name}{suffix}", runs, prepare, overrides, {} if order.get("continue_on_error") else {n: b for n, b in before.items() if b})
@@ -547,18 +547,21 @@ def recover(plan: Plan,
 
 # %% ../nbs/70_runs.ipynb #cbb94365-2
 @contextmanager
-def _one_gpu(root: Path):
-    "Hold one GPU for as long as this process lives; without GPUs there is nothing to hold."
+def _some_gpus(root: Path, number: int = 1):
+    "Hold so many GPUs, or all there are, for as long as this process lives; without GPUs there is nothing to hold."
     gpus = visible_gpus() if load_settings(root).device in ("auto", "cuda") else []
     while gpus:
-        for gpu in gpus:
-            try:
-                with _locked(_steering(root) / f"gpu-{_slug(gpu)}.lock", wait=0):
-                    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-                    yield
-                    return
-            except TimeoutError: continue
-        time.sleep(1)
+        with ExitStack() as held:
+            mine = []
+            for gpu in gpus:
+                try: held.enter_context(_locked(_steering(root) / f"gpu-{_slug(gpu)}.lock", wait=0))
+                except TimeoutError: continue
+                mine.append(gpu)
+                if len(mine) < min(number, len(gpus)): continue
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+                yield
+                return
+        time.sleep(1)                              # too few were free: all are given back, so that two that wait cannot block each other
     yield
 
 def _progress(plan: Plan, root: Path, name: str, seconds: float) -> str:
@@ -582,6 +585,7 @@ def execute(plan: Plan,
     root = Path(root or find_root())
     folder = plan.folder / name
     for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ[key] = str(load_settings(root).threads or threads)
+    if plan.study.dtype: os.environ["MOE_ROUTING_DTYPE"] = plan.study.dtype
     if name == "prepare": template, point = plan.study.prepare, dict(plan.prepare)
     else:
         if name not in plan.runs:
@@ -591,7 +595,7 @@ def execute(plan: Plan,
     group = point.pop("group", "")
     record = _read(folder / "run.json")
     if record is None or name == "prepare" or run_state(folder, code_hash(template_path(template, root)), root) not in ("finished", "confirmed"):
-        with _one_gpu(root): record = run_template(template, point, folder, plan.folder.name, group, root, show=name == "prepare")
+        with _some_gpus(root, plan.study.gpus): record = run_template(template, point, folder, plan.folder.name, group, root, show=name == "prepare")
     write_atomic(folder / "finished", record["code"] + "\n")
     print(_progress(plan, root, name, record["seconds"]), flush=True)
     return record
@@ -674,6 +678,30 @@ def _repeat(stale: dict, chosen: list[str], folder: Path, scratch: Path, templat
     return {"code": today, **_git(root), "repeated": chosen, "values": values, "different": different, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "speaks_for": {n: r["code"] for n, r in sorted(stale.items())}}
 
+# %% ../nbs/70_runs.ipynb #c7e09013
+def draw_plan(plan: Plan, file: str | Path,        # .png, .svg or .pdf
+             ) -> Path:
+    "A picture of what follows what in a study: a box a run, and an arrow from what must be finished before. Of more than 12 runs that wait for none, their groups are shown."
+    import matplotlib.pyplot as plt
+    names = list(plan.runs) if plan.after or len(plan.runs) <= 12 else list(dict.fromkeys(p["group"] for p in plan.runs.values()))
+    before = {n: plan.after.get(n) or ["prepare"] * (plan.prepare is not None) for n in names}
+    column, boxes = {"prepare": 0} if plan.prepare is not None else {}, {}
+    for name in names: column[name] = 1 + max((column[b] for b in before[name]), default=-1)
+    for name, x in column.items(): boxes.setdefault(x, []).append(name)
+    at = {name: (x, (len(there) - 1) / 2 - i) for x, there in boxes.items() for i, name in enumerate(there)}
+    tall = max(map(len, boxes.values()))
+    fig, ax = plt.subplots(figsize=(2.6 * len(boxes), .7 * tall + .4))
+    drawn = {name: ax.annotate(name, place, ha="center", va="center", fontsize=9, bbox=dict(boxstyle="round,pad=.4", facecolor="white", edgecolor="black")).get_bbox_patch() for name, place in at.items()}
+    fig.canvas.draw()                              # the boxes have their size only now, and arrows end at them
+    for name in names:
+        implied = {a for b in before[name] for a in before.get(b, [])}
+        for b in set(before[name]) - implied: ax.annotate("", at[name], at[b], arrowprops=dict(arrowstyle="-|>", color="0.4", patchA=drawn[b], patchB=drawn[name], shrinkA=3, shrinkB=3))
+    ax.set(xlim=(-.6, len(boxes) - .4), ylim=(-tall / 2 - .2, tall / 2 + .2))
+    ax.axis("off")
+    fig.savefig(file, bbox_inches="tight", dpi=200, metadata={"Software": None} if str(file).endswith(".png") else None)
+    plt.close(fig)
+    return Path(file)
+
 # %% ../nbs/70_runs.ipynb #c1040378
 def parse_overrides(pairs: list[str],              # ["model=name", "limit=20"]
                    ) -> dict:
@@ -697,6 +725,22 @@ def failures(plan: Plan) -> list[str]:
     records = {name: _read(plan.folder / name / "run.json") for name in [*plan.runs, "prepare"]}
     return [f"{name}: {' '.join(r['error'].split())[:400]}" for name, r in records.items() if r and r["status"] == "failed"]
 
+# %% ../nbs/70_runs.ipynb #c157c321
+def _shown_and_kept(command: list[str], root: Path, env: dict, log: Path | None) -> int:
+    "Run a command; what it prints is shown, and added to a log with the time where one is wanted."
+    if log is None: return subprocess.run(command, cwd=root, env=env).returncode
+    log.parent.mkdir(parents=True, exist_ok=True)
+    now = lambda: datetime.now().isoformat(timespec="seconds")
+    with open(log, "a") as kept, subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+        kept.write(f"{now()}  started at commit {_git(root)['commit']}: {' '.join(c for c in command[command.index('--cores'):] if c != str(root))}\n")
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            kept.write(f"{now()}  {line.rstrip()}\n")
+            kept.flush()
+        code = process.wait()
+        kept.write(f"{now()}  ended with code {code}\n")
+    return code
+
 # %% ../nbs/70_runs.ipynb #c06f1f0d
 def run_study(name: str,                           # study
               overrides: dict | None = None,
@@ -714,7 +758,7 @@ def run_study(name: str,                           # study
     config = ["--config", *(f"{k}={v}" for k, v in config.items())] if config else []
     command = [sys.executable, "-m", "snakemake", "-s", str(root / "papermill_runs" / "Snakefile"), "--cores", str(cores or os.cpu_count()),
                plan.study.name, *(more or []), *config]
-    code = subprocess.run(command, cwd=root, env={**os.environ, **({"MOE_FRESH": "1"} if fresh else {})}).returncode
+    code = _shown_and_kept(command, root, {**os.environ, **({"MOE_FRESH": "1"} if fresh else {})}, plan.folder / plan.study.log if plan.study.log and "--dry-run" not in command else None)
     states = study_status(plan, root)
     print(f"\n{plan.folder.name}: {sum(len(states.get(s, [])) for s in ('finished', 'confirmed'))} of {len(plan.runs)} runs finished")
     if code:

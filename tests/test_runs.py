@@ -163,15 +163,18 @@ def test_an_override_makes_a_study_of_its_own(lab):
     assert record["parameters"]["seconds"] == .1 and not (lab / "papermill_runs" / "demo").exists()
 
 
-def test_gpus_are_handed_out_one_to_a_run(lab, monkeypatch):
+def test_gpus_are_handed_out_as_many_as_a_run_takes(lab, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     (lab / "settings.ini").write_text("[moe_routing]\n")
     assert runs.visible_gpus() == ["0", "1"]
-    with runs._one_gpu(lab):
+    with runs._some_gpus(lab):
         first = os.environ["CUDA_VISIBLE_DEVICES"]
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        with runs._one_gpu(lab): second = os.environ["CUDA_VISIBLE_DEVICES"]
+        with runs._some_gpus(lab): second = os.environ["CUDA_VISIBLE_DEVICES"]
     assert {first, second} == {"0", "1"}
+    for asked, held in ((2, "0,1"), (8, "0,1")):                           # all there are, where a plan asks for more
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        with runs._some_gpus(lab, asked): assert os.environ["CUDA_VISIBLE_DEVICES"] == held
 
 
 def test_never_more_runs_start_than_there_are_gpus(lab):
@@ -280,7 +283,7 @@ def test_days_run_in_order_one_alone_and_past_a_failure(days):
     text, code = finish(days, "week", "--config", "demo", "--only", "second")
     assert code == 0 and [p.parent.name for p in folder.glob("*/finished")] == ["day1_second"] and read("day1_second")["metrics"]["before"] == 0
     text, code = finish(days, "week", "--config", "demo", "fail=True")
-    failed = days / "papermill_runs" / "demo--True"
+    failed = days / "papermill_runs" / "demo--fail"
     assert code != 0 and "asked to fail" in text and not (failed / "day2_third" / "finished").exists() and (failed / "day0_first" / "finished").exists()
     text, code = finish(days, "week", "--config", "demo", "--continue_on_error", "fail=True")
     assert (failed / "day2_third" / "finished").exists() and "asked to fail" in text
