@@ -727,18 +727,18 @@ def failures(plan: Plan) -> list[str]:
 
 # %% ../nbs/70_runs.ipynb #c157c321
 def _shown_and_kept(command: list[str], root: Path, env: dict, log: Path | None) -> int:
-    "Run a command; what it prints is shown, and added to a log with the time where one is wanted."
+    "Run a command; what it prints is shown, and added to a log with the time where one is wanted, without the folder it lies in."
     if log is None: return subprocess.run(command, cwd=root, env=env).returncode
     log.parent.mkdir(parents=True, exist_ok=True)
-    now = lambda: datetime.now().isoformat(timespec="seconds")
+    def said(line): return f"{datetime.now().isoformat(timespec='seconds')}  {line.rstrip().replace(f'{root}{os.sep}', '').replace(str(root), '.')}\n"
     with open(log, "a") as kept, subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
-        kept.write(f"{now()}  started at commit {_git(root)['commit']}: {' '.join(c for c in command[command.index('--cores'):] if c != str(root))}\n")
+        kept.write(said(f"started at commit {_git(root)['commit']}: {' '.join(command[command.index('--cores'):])}"))
         for line in process.stdout:
             print(line, end="", flush=True)
-            kept.write(f"{now()}  {line.rstrip()}\n")
+            kept.write(said(line))
             kept.flush()
         code = process.wait()
-        kept.write(f"{now()}  ended with code {code}\n")
+        kept.write(said(f"ended with code {code}"))
     return code
 
 # %% ../nbs/70_runs.ipynb #c06f1f0d
