@@ -109,6 +109,7 @@ def _module_file(files: Iterable[str], name: str) -> str | None:
 class _Source:
     "One module, cut into its definitions: text and names used of each, what runs on import, and where imported names come from."
     def __init__(self, text: str):
+        self.fields = {}
         text = "\n".join("" if l.lstrip().startswith(("%", "!")) else l for l in text.splitlines())
         self.lines, self.definitions, self.on_import, self.imports = text.splitlines(), {}, [], {}
         for node in ast.parse(text).body: self._sort(node)
@@ -116,8 +117,9 @@ class _Source:
         if isinstance(node, ast.ImportFrom | ast.Import): return self.imports.update(_imported(node))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant): return
         start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-        part = ("\n".join(self.lines[start - 1:node.end_lineno]), {n.id for n in ast.walk(node) if isinstance(n, ast.Name)},
-                dict(i for n in ast.walk(node) if isinstance(n, ast.ImportFrom | ast.Import) for i in _imported(n).items()))
+        own = [n for n in getattr(node, "body", []) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)] if _is_dataclass(node) else []
+        for n in own: self.fields.setdefault(node.name, []).append((n.target.id, self._part(n, n.lineno, [])))
+        part = self._part(node, start, own)
         targets = getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(node, ast.Assign | ast.AnnAssign) else []
         flat = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
         owners = [t.id if isinstance(t, ast.Name) else getattr(getattr(t, "value", None), "id", None) for t in flat]     # `A.b = c` belongs to A
@@ -125,6 +127,16 @@ class _Source:
         if not owners or None in owners or any(isinstance(t, ast.Attribute) and o not in self.definitions for t, o in zip(flat, owners)): self.on_import.append(part)
         elif owners != ["__all__"]:
             for name in owners: self.definitions.setdefault(name, []).append(part)
+    def _part(self, node: ast.AST, start: int, without: list[ast.AST]) -> tuple:
+        "Text of a node from a line on, the names it uses, and what it imports; without some of its statements."
+        left_out = {i for n in without for i in range(n.lineno, n.end_lineno + 1)}
+        inside = [n for n in ast.walk(node) if not any(a.lineno <= getattr(n, "lineno", 0) <= a.end_lineno for a in without)]
+        return ("\n".join(l for i, l in enumerate(self.lines[start - 1:node.end_lineno], start) if i not in left_out), {n.id for n in inside if isinstance(n, ast.Name)},
+                dict(i for n in inside if isinstance(n, ast.ImportFrom | ast.Import) for i in _imported(n).items()))
+
+def _is_dataclass(node: ast.stmt) -> bool:
+    "A class whose fields are read by name; a NamedTuple can be unpacked without one, so it is taken whole."
+    return isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list)
 
 def _imported(node: ast.ImportFrom | ast.Import) -> dict[str, tuple[str, str]]:
     "Local name -> (module, name there) of what comes from this package; a whole module has the name \"\"."
@@ -137,7 +149,7 @@ def _imported(node: ast.ImportFrom | ast.Import) -> dict[str, tuple[str, str]]:
 # %% ../nbs/70_runs.ipynb #c1064747
 def _reached(template: str, files: dict[str, str]) -> list[tuple[str, str]]:
     "All pieces of code that a template reaches: (file, text), in a fixed order."
-    sources, pieces, todo = {}, set(), []
+    sources, pieces, todo, waiting, words = {}, set(), [], [], set()        # waiting: fields of dataclasses that no code reached so far names
     def enter(file):
         if file in sources: return
         sources[file] = _Source(files[file])
@@ -148,6 +160,7 @@ def _reached(template: str, files: dict[str, str]) -> list[tuple[str, str]]:
         text, names, inside = part
         if (file, text) in pieces: return
         pieces.add((file, text))
+        words.update(re.findall(r"\w+", text))
         known_here = {**sources[file].imports, **inside}
         for name in names | set(inside):
             if name in known_here: follow(*known_here[name])
@@ -158,16 +171,22 @@ def _reached(template: str, files: dict[str, str]) -> list[tuple[str, str]]:
         enter(file)
         todo.extend((file, n) for n in ([name] if name and _module_file(files, module) else sources[file].definitions))
     sources[""] = _Source(template)
+    words.update(re.findall(r"\w+", template))
     for module, name in sources[""].imports.values(): follow(module, name)
     for part in [*sources[""].on_import, *(p for ps in sources[""].definitions.values() for p in ps)]:
         for module, name in part[2].values(): follow(module, name)
     done = set()
-    while todo:
+    while todo or any(field in words for _, field, _ in waiting):
+        if not todo:
+            named, waiting = [w for w in waiting if w[1] in words], [w for w in waiting if w[1] not in words]
+            for file, _, part in named: take(file, part)
+            continue
         if (at := todo.pop()) in done: continue
         done.add(at)
         file, name = at
         if file and name in sources[file].imports and name not in sources[file].definitions: follow(*sources[file].imports[name])
         for part in sources[file].definitions.get(name, []) if file else []: take(file, part)
+        waiting += [(file, field, part) for field, part in sources[file].fields.get(name, [])] if file else []
     return sorted(pieces)
 
 # %% ../nbs/70_runs.ipynb #c6b4681f

@@ -287,3 +287,16 @@ def test_days_run_in_order_one_alone_and_past_a_failure(days):
     assert code != 0 and "asked to fail" in text and not (failed / "day2_third" / "finished").exists() and (failed / "day0_first" / "finished").exists()
     text, code = finish(days, "week", "--config", "demo", "--continue_on_error", "fail=True")
     assert (failed / "day2_third" / "finished").exists() and "asked to fail" in text
+
+
+def test_a_field_counts_where_it_is_named():
+    "A dataclass may get a field that the template's code never names; one that is named somewhere, even in another module or as a string, counts, and a NamedTuple counts whole."
+    package = {"core.py": "from dataclasses import dataclass\nfrom typing import NamedTuple\n@dataclass\nclass Settings:\n    a: int = 1\n    b: int = 2\n    def total(self): return self.a\nclass Pair(NamedTuple):\n    first: int = 0\n    second: int = 1\n",
+               "other.py": "from moe_routing.core import Pair\ndef read(settings): return getattr(settings, 'c', 0)\n"}
+    template = "from moe_routing.core import Settings, Pair\nx, y = Pair()\nSettings(3).total()"
+    after = lambda old, new, code=template: runs._hash(code, package) != runs._hash(code, {f: t.replace(old, new) for f, t in package.items()})
+    assert not after("    b: int = 2\n", "    b: int = 7\n") and not after("    b: int = 2\n", "    b: int = 2\n    c: int = 3\n")
+    assert after("a: int = 1", "a: int = 4") and after("return self.a", "return -self.a") and after("@dataclass\n", "@dataclass(frozen=True)\n")
+    assert after("second: int = 1", "second: int = 2")
+    reads = template + "\nfrom moe_routing.other import read\nread(Settings())"
+    assert after("    b: int = 2\n", "    b: int = 2\n    c: int = 3\n", reads) and not after("    b: int = 2\n", "    b: int = 7\n", reads) and after("b: int = 2", "b: int = 7", reads + "\nSettings(b=1)")
