@@ -63,6 +63,8 @@ def resolve_parameters(path: Path,                 # template
             from moe_routing.core import known
             try: known(key, [k for k in defaults if k != "out"], "parameter")
             except ValueError as e: raise ValueError(f"template {Path(path).stem}: {e}") from None
+        kind = type(defaults.get(key))
+        if kind in (list, dict) and isinstance(given[key], (str, int, float)): raise ValueError(f"template {Path(path).stem}: {key} = {given[key]!r} is no {kind.__name__}: write it as {[given[key]] if kind is list else {}}, quoted for the shell")
     return {**defaults, **given}
 
 # %% ../nbs/70_runs.ipynb #c15f97ed
@@ -454,6 +456,7 @@ def plan_study(name: str,                          # a file papermill_runs/studi
         wanted = template_parameters(template_path(study.prepare, root))
         prepare = {k: v for k, v in {**study.base, **overrides}.items() if k in wanted}
     suffix = "".join(f"--{'' if v else 'no_'}{k}" if isinstance(v, bool) else f"--{_slug(v) or k}" for k, v in overrides.items())
+    if len(suffix) > 80: suffix = f"--{_slug(overrides.get('model', ''))}-{hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]}"
     runs = {n: p for n, p in zip(names, points) if p["group"] in picked}
     before = {n: [m for m, q in runs.items() if q["group"] in study.groups[p["group"]].get("after", [])] for n, p in runs.items()}
     return Plan(study, settings.results_dir / f"{study.name}{suffix}", runs, prepare, overrides, {} if order.get("continue_on_error") else {n: b for n, b in before.items() if b})
