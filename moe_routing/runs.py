@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -748,13 +749,13 @@ def failures(plan: Plan) -> list[str]:
     return [f"{name}: {' '.join(r['error'].split())[:400]}" for name, r in records.items() if r and r["status"] == "failed"]
 
 # %% ../nbs/70_runs.ipynb #c157c321
-def _shown_and_kept(command: list[str], root: Path, env: dict, log: Path | None) -> int:
+def _shown_and_kept(command: list[str], root: Path, env: dict, log: Path | None, what: str = "") -> int:
     "Run a command; what it prints is shown, and added to a log with the time where one is wanted, without the folder it lies in."
     if log is None: return subprocess.run(command, cwd=root, env=env).returncode
     log.parent.mkdir(parents=True, exist_ok=True)
     def said(line): return f"{datetime.now().isoformat(timespec='seconds')}  {line.rstrip().replace(f'{root}{os.sep}', '').replace(str(root), '.')}\n"
     with open(log, "a") as kept, subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
-        kept.write(said(f"started at commit {_git(root)['commit']}: {' '.join(command[command.index('--cores'):])}"))
+        kept.write(said(f"started at commit {_git(root)['commit']}: {what}"))
         for line in process.stdout:
             print(line, end="", flush=True)
             kept.write(said(line))
@@ -777,10 +778,10 @@ def run_study(name: str,                           # study
     stale = study_status(plan, root).get("stale", [])
     if stale and not fresh: print(f"{len(stale)} finished runs were made by other code and will not be published: FRESH=1 does them again, `make confirm STUDY={name}` repeats a sample and compares")
     config = {**plan.overrides, **{k: v for k, v in (overrides or {}).items() if k in STEERING}}
-    config = ["--config", *(f"{k}={v}" for k, v in config.items())] if config else []
+    config = ["--config", f"packed={b64encode(json.dumps(config).encode()).decode()}"] if config else []      # Snakemake would make text of the numbers in a list
     command = [sys.executable, "-m", "snakemake", "-s", str(root / "papermill_runs" / "Snakefile"), "--cores", str(cores or os.cpu_count()),
                plan.study.name, *(more or []), *config]
-    code = _shown_and_kept(command, root, {**os.environ, **({"MOE_FRESH": "1"} if fresh else {})}, plan.folder / plan.study.log if plan.study.log and "--dry-run" not in command else None)
+    code = _shown_and_kept(command, root, {**os.environ, **({"MOE_FRESH": "1"} if fresh else {})}, plan.folder / plan.study.log if plan.study.log and "--dry-run" not in command else None, f"{plan.study.name} {config and overrides or ''}")
     states = study_status(plan, root)
     print(f"\n{plan.folder.name}: {sum(len(states.get(s, [])) for s in ('finished', 'confirmed'))} of {len(plan.runs)} runs finished")
     if code:

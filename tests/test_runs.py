@@ -285,8 +285,8 @@ def test_days_run_in_order_one_alone_and_past_a_failure(days):
     text, code = finish(days, "week", "--config", "demo", "fail=True")
     failed = days / "papermill_runs" / "demo--fail"
     assert code != 0 and "asked to fail" in text and not (failed / "day2_third" / "finished").exists() and (failed / "day0_first" / "finished").exists()
-    text, code = finish(days, "week", "--config", "demo", "--only", "second", "words=['a b/c', {'name': 'x'}]")         # lists and quotes arrive as they were given
-    assert code == 0 and json.loads(next((days / "papermill_runs").glob("demo--*c_name_x*/day1_second/run.json")).read_text())["parameters"]["words"] == ["a b/c", {"name": "x"}]
+    text, code = finish(days, "week", "--config", "demo", "--only", "second", "words=['a b/c', {'name': 'x'}, 4]")         # lists and quotes arrive as they were given
+    assert code == 0 and json.loads(next((days / "papermill_runs").glob("demo--*c_name_x_4*/day1_second/run.json")).read_text())["parameters"]["words"] == ["a b/c", {"name": "x"}, 4]
     text, code = finish(days, "week", "--config", "demo", "words=abc")
     assert code == 1 and "words = 'abc' is no list: write it as ['abc']" in text
     text, code = finish(days, "week", "--config", "demo", "--continue_on_error", "fail=True")
