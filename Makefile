@@ -42,6 +42,9 @@ status: venv
 figures: venv
 	@$(VENV)/python -m moe_routing report $(STUDY) $(OVERRIDES)
 
+claims: venv
+	@$(VENV)/python -m moe_routing claims
+
 lab: venv
 	@$(VENV)/jupyter lab nbs
 
