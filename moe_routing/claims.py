@@ -1036,7 +1036,7 @@ def _origin(c: Claim, most: int = 2) -> str:
 def shown_claims(found: Iterable[Claim], seed: str) -> pd.DataFrame:
     "The claims of a seed as a table to be read."
     known(seed, SEEDS, "seed")
-    return pd.DataFrame([{"claim": f"\"{_cell(c.sentence)}\" ({_cell(c.section)})", "needs": _cell(c.definition), "computed": _cell(c.computed), "verdict": f"**{c.verdict}**", "why": _cell(c.why), "from": _origin(c)} for c in found if c.seed == seed])
+    return pd.DataFrame([{"claim": f"\"{_cell(c.sentence)}\" ({_cell(c.section)})", "claimed": _cell(c.published), "needs": _cell(c.definition), "computed": _cell(c.computed), "verdict": f"**{c.verdict}**", "why": _cell(c.why), "from": _origin(c)} for c in found if c.seed == seed])
 
 def seed_table(found: Iterable[Claim], seed: str) -> str:
     "The same as Markdown, without the blanks that align its source."

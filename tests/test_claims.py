@@ -457,7 +457,8 @@ def test_prediction_without_runs(nothing):
     found = only(c.prediction_claims(nothing))
     assert {found[k].verdict for k in c.PREDICTION_RUNS} == {"not testable here"} and set(c.PREDICTION_RUNS) < set(found)
     assert (found["times_top1"].verdict, found["version"].verdict, found["storage"].verdict) == ("corrected", "refuted", "reproduced")
-    assert {f.verdict for f in (*c.success_range(nothing), )} == {"corrected"}
+    assert {f.verdict for f in c.success_range(nothing)} == {"corrected"}
+    assert sorted(k for keys in c.PREDICTION_RULES.values() for k in keys) == sorted(c.PREDICTION_NUMBERS) and found["times_top1"].why.startswith("the rule: reproduced within the tolerance")
 
 
 @pytest.mark.parametrize("gate, word", [(1., "corrected"), (.3, "reproduced")])
@@ -538,7 +539,7 @@ def test_files_hold_every_claim_and_every_link_leads_somewhere(bh):
     found = c.all_claims(e.results)
     assert list(table.columns) == ["seed", "key", "section", "sentence", "published", "definition", "computed", "verdict", "why", "evidence", "runs"] and table.key.tolist() == [x.key for x in found]
     rows = [line for line in text.splitlines() if line.startswith("| \"")]
-    assert len(rows) == len(found) and all(line.count("|") - line.count("\\|") == 7 for line in rows)
+    assert len(rows) == len(found) and all(line.count("|") - line.count("\\|") == 8 for line in rows)
     assert "`id0`" in text and md.stat().st_size < 400_000
     for x in found:
         link = c._origin(x).split("](")[1].split(")")[0]
