@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
-from math import comb, inf, pi, sqrt
+from math import comb, pi, sqrt
 from pathlib import Path
 
 import numpy as np
