@@ -410,7 +410,8 @@ def bh_routing_report(plan: Plan,
     table.to_csv(plan.folder / "bh_routing_results.csv", index=False, lineterminator="\n", float_format="%.6g")
     table.to_json(plan.folder / "bh_routing_results.json", orient="records", indent=2)
     published = find_root() / "figures" if options.get("publish") and not plan.overrides else None
-    if published: _exemplar(plan.folder / next(r.run for r in runs.itertuples() if r.router == "bh"), plan.folder / "exemplar.ipynb")
+    executed = plan.folder / next((r.run for r in runs.itertuples() if r.router == "bh"), "none")
+    if published and (executed / "run.ipynb").is_file(): _exemplar(executed, plan.folder / "exemplar.ipynb")     # of all executed notebooks only this one is kept in the repository
     equal, noise = compare_at_equal_k(runs), noise_distance(runs)
     draw_panels(table, plan.folder, plan.folder.name.replace("--", "_").replace("-", "_").replace(".", "_"), published, equal)
     lm = next((d for d in ("wikitext", "prompts") if d in set(runs.dataset)), None)
@@ -451,14 +452,14 @@ REPORTS = {"bh_routing_report": bh_routing_report,       # name -> function(plan
            "prediction_report": "moe_routing.prediction_report:prediction_report"}
 
 def build_report(plan: Plan) -> Path:
-    "Build the report that a study names."
+    "Build the report that a study names, and beside it the ledger of its numbers."
     if not plan.study.report: raise ValueError(f"study {plan.study.name} names no report: add `report:` to its YAML, one of {', '.join(REPORTS)}")
     report = REPORTS[known(plan.study.report, REPORTS, "report")]
+    from importlib import import_module
     if isinstance(report, str):
-        from importlib import import_module
         module, _, name = report.partition(":")
         report = getattr(import_module(module), name)
-    return report(plan)
+    return import_module("moe_routing.published").build(report, plan)
 
 # %% ../nbs/72_reports.ipynb #c657aed5
 def run_benchmarks(names: list[str] | None = None,  # of templates bench_<name>; default: all
