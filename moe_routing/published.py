@@ -6,9 +6,11 @@
 __all__ = ['NUMBER', 'IN_CSV', 'DATA', 'ALIASES', 'TEXT', 'REMEDY', 'Found', 'numbers', 'shown', 'literals', 'own_words',
            'of_runs', 'words_of', 'Entry', 'run_names', 'Ledger', 'digest', 'run_ids', 'folders_of', 'ledger_text',
            'read_ledger', 'Record', 'read_records', 'agrees', 'table_rows', 'titles_of', 'origins', 'Watched',
-           'watched', 'build', 'shadow', 'made_again', 'check_runs', 'records_of', 'check_ledger']
+           'watched', 'build', 'shadow', 'made_again', 'check_runs', 'records_of', 'check_ledger', 'record_benchmarks',
+           'check_benchmarks', 'outputs_again', 'prose', 'declared', 'check_front', 'published_files', 'ledgers',
+           'files_of', 'check_cover', 'check', 'build_all']
 
-# %% ../nbs/80_published.ipynb #caba0d72
+# %% ../nbs/80_published.ipynb #c24a9988
 import ast
 import json
 import os
@@ -29,8 +31,8 @@ from unittest import mock
 
 import pandas as pd
 
-from .runs import Plan, load_runs, plan_study, write_atomic
-from .settings import find_root
+from .runs import Plan, _code_of, code_hash, load_runs, plan_study, template_path, write_atomic
+from .settings import find_root, load_study
 
 # %% ../nbs/80_published.ipynb #c5a47352
 NUMBER = re.compile(r"(?:(?<![\w.)\]%])[-+\u2212])?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:[eE][-+]?\d+)?")
@@ -431,23 +433,24 @@ def shadow(root: Path) -> Iterator[Path]:
             try: yield copy
             finally: os.chdir(back)
 
-# %% ../nbs/80_published.ipynb #c6912f4f
+# %% ../nbs/80_published.ipynb #cc3a42bb
 @contextmanager
 def _no_drawing() -> Iterator[None]:
     from matplotlib.figure import Figure
     with mock.patch.object(Figure, "savefig", lambda self, file, **more: Path(file).touch()): yield
+
+def _plan_as_run(study: str, root: Path) -> Plan:
+    "The plan of a study for the device that its runs were made on."
+    records = (json.loads(f.read_text()) for f in (Path(root) / "papermill_runs" / study).glob("*/run.json"))
+    device = next((r.get("settings", {}).get("device", "auto") for r in records if r.get("template") == load_study(Path(root) / "papermill_runs" / "studies" / f"{study}.yaml").template), "auto")
+    with mock.patch.dict(os.environ, {"MOE_ROUTING_DEVICE": device}): return plan_study(study, root=root)
 
 def _remake(made: dict, copy: Path) -> None:
     "Let the program that a ledger names write its files below another root."
     module, _, name = made["made_by"].partition(":")
     write = getattr(import_module(module), name)
     if not made["study"]: return write(copy)
-    with mock.patch.dict(os.environ, {"MOE_ROUTING_DEVICE": _device(copy / "papermill_runs", made)}): build(write, plan_study(made["study"], root=copy))
-
-def _device(results: Path, made: dict) -> str:
-    "The device that the runs of a ledger were made on: it is part of their names."
-    own = (n for n in made["runs"] if n.startswith(made["study"] + "/"))
-    return next((json.loads((results / n / "run.json").read_text()).get("settings", {}).get("device", "auto") for n in own), "auto")
+    build(write, _plan_as_run(made["study"], copy))
 
 def made_again(ledger: Path, root: Path) -> dict[str, str | None]:      # file as the ledger names it -> its new text, None where it was not written
     "The files of a ledger, made once more from the runs."
@@ -551,3 +554,160 @@ def _as_given(file: Path, words: Iterable[str], was: list) -> list:
         if at: open_[f.line].remove(at)
         found.setdefault(at[1] if at else (f.line, (), "unknown"), []).append(f.text)
     return [(*k, " ".join(ts)) for k, ts in found.items()]
+
+# %% ../nbs/80_published.ipynb #c149556d
+def _rows_of(csv: str, name: str) -> str: return "\n".join(line for line in csv.split("\n") if line.startswith(name + ","))
+
+def record_benchmarks(root: Path, names: Iterable[str],      # that were measured just now
+                      device: str) -> Path:
+    "Write figures/benchmarks.numbers.json for the benchmarks that were measured; those of others stay."
+    from moe_routing.runs import _git
+    file, csv = Path(root) / "figures" / "benchmarks.numbers.json", (Path(root) / "figures" / "benchmarks.csv").read_text()
+    found = json.loads(file.read_text())["benchmarks"] if file.is_file() else {}
+    for n in names: found[n] = {"code": code_hash(template_path(f"bench_{n}", root)), **_git(root), "device": device, "measured": time.strftime("%Y-%m-%d"), "rows": digest(_rows_of(csv, n))}
+    body = ",\n".join(f" {json.dumps(n)}: {json.dumps(found[n])}" for n in sorted(found))
+    write_atomic(file, "{\n\"device\": " + json.dumps(device) + ",\n\"benchmarks\": {\n" + body + "\n}\n}\n")
+    return file
+
+# %% ../nbs/80_published.ipynb #c5bc4afb
+def check_benchmarks(root: Path) -> list[str]:
+    "Do figures/benchmarks.* hold what was measured, by today's code?"
+    from moe_routing.reports import benchmarks_text
+    figures, seen = Path(root) / "figures", {}
+    if not (figures / "benchmarks.csv").is_file(): return []
+    if not (figures / "benchmarks.numbers.json").is_file(): return ["figures/benchmarks.csv: no record of what was measured; `make bench` leaves it"]
+    csv, made = (figures / "benchmarks.csv").read_text(), json.loads((figures / "benchmarks.numbers.json").read_text())
+    table, problems = pd.read_csv(figures / "benchmarks.csv"), []
+    for n in dict.fromkeys(table.benchmark):
+        line = next(i for i, row in enumerate(csv.split("\n"), 1) if row.startswith(n + ","))
+        record, again = made["benchmarks"].get(n), f"`python -m moe_routing bench {n}` measures it"
+        if record is None: problems.append(f"figures/benchmarks.csv:{line}: benchmark {n} has no record; {again}"); continue
+        if record["rows"] != digest(_rows_of(csv, n)): problems.append(f"figures/benchmarks.csv:{line}: the rows of benchmark {n} are not those that were measured; {again} anew")
+        template = template_path(f"bench_{n}", root)
+        today = code_hash(template)
+        if _code_of(record, template, Path(root), today, seen) != today: problems.append(f"figures/benchmarks.csv:{line}: benchmark {n} is stale, other code measured it ({record['code']}); {again} anew")
+    text = (figures / "benchmarks.md").read_text() if (figures / "benchmarks.md").is_file() else ""
+    return problems + [f"figures/benchmarks.md:{line}: {what}" for line, what in _differs(text, benchmarks_text(table, made["device"]), False)][:10]
+
+# %% ../nbs/80_published.ipynb #c9f064bd
+def _last_value(source: str, names: dict):
+    "Execute a cell; the value of its last expression."
+    tree = ast.parse(source)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "<cell>", "exec"), names)
+    return eval(compile(ast.Expression(last.value), "<cell>", "eval"), names) if last else None
+
+def outputs_again(index: Path,                     # notebook whose cells marked `#| echo: false` quote published files
+                 ) -> tuple[dict, set[Path]]:      # the notebook with new outputs; files that were read
+    "Execute the quoting cells of a notebook in its folder."
+    nb, names, back = json.loads(Path(index).read_text()), {}, Path.cwd()
+    os.chdir(Path(index).parent)
+    try:
+        with watched() as seen:
+            for cell in nb["cells"]:
+                source = "".join(cell["source"])
+                if cell["cell_type"] != "code" or not source.startswith("#| echo: false"): continue
+                value = _last_value(source, names)
+                if value is not None: cell["outputs"] = [{"output_type": "execute_result", "data": {"text/markdown": value.data} if hasattr(value, "data") else {"text/plain": str(value)}, "metadata": {}}]
+    finally: os.chdir(back)
+    return nb, {p for p in map(Path.resolve, seen.read()) if p.suffix in (*TEXT, ".ipynb")}
+
+# %% ../nbs/80_published.ipynb #c6eaa492
+def prose(text: str) -> str:                       # Markdown
+    "A Markdown text with code, links' targets and comments blanked out; lines stay where they are."
+    blank = lambda m: re.sub(r"[^\n]", " ", m[0])
+    for form in (r"(?s)<!--.*?-->", r"(?ms)^```.*?^```", r"`[^`\n]*`", r"(?<=\])\([^)\n]*\)"): text = re.sub(form, blank, text)
+    return text
+
+def declared(file: Path) -> dict[str, str]:        # text,why -> text: why
+    "Numbers that a person may write in the prose of the first page. ValueError for one without a reason."
+    if not Path(file).is_file(): return {}
+    table = pd.read_csv(file, keep_default_na=False, dtype=str)
+    if bad := [t for t, w in zip(table.text, table.why) if not (NUMBER.search(t) and re.search("[A-Za-z]", t) and w.strip())]: raise ValueError(f"{file}: {bad[0]!r} needs a number, a word beside it and a reason")
+    return dict(zip(table.text, table.why))
+
+# %% ../nbs/80_published.ipynb #c4ffc3a5
+def check_front(root: Path, checked: Iterable[Path],       # files that have a ledger
+               ) -> list[str]:
+    "Does README.md quote the published files as they are, and hold no other number than the declared ones?"
+    from moe_routing._readme import readme
+    root = Path(root).resolve()
+    index, there = root / "nbs" / "index.ipynb", (root / "README.md").read_text()
+    try: nb, read = outputs_again(index)
+    except Exception as e: return [f"nbs/index.ipynb: what README.md quotes is not there ({type(e).__name__}: {e})"]
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "index.ipynb").write_text(json.dumps(nb))
+        new = readme(Path(folder) / "index.ipynb")
+        for cell in nb["cells"]:
+            if cell["cell_type"] == "code": cell["outputs"] = []
+        (Path(folder) / "index.ipynb").write_text(json.dumps(nb))
+        mine = readme(Path(folder) / "index.ipynb")
+    problems = [f"README.md:{line}: {what}; `make notebooks` quotes the reports anew" for line, what in _differs(there, new, False)][:10]
+    known_files = {Path(f).resolve() for f in checked}
+    problems += [f"README.md quotes {os.path.relpath(p, root)}, which has no ledger" for p in sorted(read) if p.is_relative_to(root) and p not in known_files and p.suffix != ".ipynb"]
+    words, text = declared(root / "nbs" / "declared_numbers.csv"), prose(mine)
+    lines = there.split("\n")
+    for f in of_runs(text, words):
+        source = mine.split("\n")[f.line - 1]
+        at = lines.index(source) + 1 if source in lines else 0
+        problems.append(f"README.md:{at}: {f.text} is written in the prose of nbs/index.ipynb, from no run ({source.strip()[:80]!r}): quote a report, write it in words, or declare it in nbs/declared_numbers.csv")
+    return problems + [f"nbs/declared_numbers.csv: {w!r} is not in the prose of README.md any more: delete it" for w in words if w not in text]
+
+# %% ../nbs/80_published.ipynb #ca510053
+def published_files(root: Path) -> list[Path]:
+    "Every file that has to have a ledger."
+    root = Path(root).resolve()
+    studies = [f for f in (root / "papermill_runs").iterdir() if f.is_dir() and "--" not in f.name and f.name not in ("studies", "profiles", "single")]
+    found = [*root.glob("figures/*"), *(f for s in studies for f in s.glob("*")), *root.glob("papermill_runs/report/**/*"), *root.glob("papermill_runs/*/day6*/*.tex")]
+    return sorted({f for f in found if f.is_file() and f.suffix in TEXT and not f.name.endswith(".numbers.json") and f.name != "confirmed.json"})
+
+def ledgers(root: Path) -> list[Path]:
+    "All ledgers of reports, in order."
+    return sorted((Path(root).resolve() / "papermill_runs").glob("*/**/*.numbers.json"))
+
+def files_of(ledger: Path) -> list[Path]:
+    "The files that a ledger speaks for; none when it cannot be read."
+    try: return [(Path(ledger).parent / f).resolve() for f in read_ledger(ledger)["files"]]
+    except ValueError: return []
+
+def check_cover(root: Path) -> list[str]:
+    "Which published files have no ledger?"
+    root = Path(root).resolve()
+    covered = {f for made in ledgers(root) for f in files_of(made)} | {root / "figures" / f"benchmarks{s}" for s in (".csv", ".md")}
+    return [f"{f.relative_to(root)}: no ledger says which runs its numbers come from; `make figures` writes it" for f in published_files(root) if f not in covered]
+
+def check(root: Path | None = None, again: bool = True, jobs: int = 2) -> list[str]:
+    "All findings about all published files; empty when every number is what its run recorded."
+    root = Path(root or find_root()).resolve()
+    each = _in_processes(check_ledger, [(made, root, again) for made in ledgers(root)], jobs)
+    return [*check_cover(root), *(p for ps in each for p in ps), *check_benchmarks(root), *check_front(root, [f for made in ledgers(root) for f in files_of(made)] + [root / "figures" / "benchmarks.csv", root / "figures" / "benchmarks.md"])]
+
+# %% ../nbs/80_published.ipynb #ce235ba0
+_STAYS = ExitStack()
+
+def _start_worker() -> None:
+    "A process that makes reports imports once and hashes the code once."
+    _STAYS.enter_context(_code_looked_up_once())
+
+def _in_processes(function: Callable, calls: list[tuple], jobs: int) -> list:
+    "Results of calls, in order, from several processes."
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}), ProcessPoolExecutor(max(1, min(jobs, len(calls))), mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+        return [job.result() for job in [pool.submit(function, *c) for c in calls]]
+
+def _draw(study: str, root: Path) -> str:
+    "Build one report; the error as text."
+    from moe_routing.reports import build_report
+    start = time.time()
+    try: path = build_report(_plan_as_run(study, root))
+    except (ValueError, RuntimeError, OSError) as e: return f"error: {study}: {e}"
+    return f"{time.time() - start:5.1f} s  {path.relative_to(root)}"
+
+def build_all(root: Path | None = None, jobs: int = 2, say=print) -> int:      # number of studies that could not be reported
+    "Draw every study anew that names a report and has runs, and write its ledger: the longest first, in several processes."
+    root = Path(root or find_root()).resolve()
+    sizes = {f.stem: len(list((root / "papermill_runs" / f.stem).glob("*/run.json"))) for f in (root / "papermill_runs" / "studies").glob("*.yaml") if load_study(f).report}
+    lines = _in_processes(_draw, [(s, root) for s in sorted(sizes, key=sizes.get, reverse=True) if sizes[s]], jobs)
+    for line in lines: say(line)
+    return sum(line.startswith("error") for line in lines)
