@@ -7,8 +7,8 @@ __all__ = ['NUMBER', 'IN_CSV', 'DATA', 'ALIASES', 'TEXT', 'REMEDY', 'Found', 'nu
            'of_runs', 'words_of', 'Entry', 'run_names', 'Ledger', 'digest', 'run_ids', 'folders_of', 'ledger_text',
            'read_ledger', 'Record', 'read_records', 'agrees', 'table_rows', 'titles_of', 'origins', 'Watched',
            'watched', 'build', 'shadow', 'made_again', 'check_runs', 'records_of', 'check_ledger', 'record_benchmarks',
-           'check_benchmarks', 'outputs_again', 'prose', 'declared', 'check_front', 'published_files', 'ledgers',
-           'files_of', 'check_cover', 'check', 'build_all']
+           'check_benchmarks', 'outputs_again', 'prose', 'declared', 'check_front', 'write_tables', 'published_files',
+           'ledgers', 'files_of', 'check_cover', 'check', 'build_all']
 
 # %% ../nbs/80_published.ipynb #c24a9988
 import ast
@@ -53,11 +53,12 @@ def numbers(text: str, csv: bool = False) -> list[Found]:
         found.append(Found(line + 1, m.start(), m[0]))
     return found
 
-# %% ../nbs/80_published.ipynb #c278ca57
+# %% ../nbs/80_published.ipynb #c1e8a61f
 def shown(text: str, suffix: str) -> str:      # of a file; ".html" or another
     "What a reader sees of a file, with the lines where they are."
-    if suffix != ".html": return text
     keep = lambda m: re.sub(r"[^\n]", " ", m[0])
+    if suffix == ".tex": return re.sub(r"(?<!\\)%.*", keep, text)
+    if suffix != ".html": return text
     return re.sub(r"<[^>]*>|&#?\w+;", keep, re.sub(r"(?s)<!--.*?-->|<(style|script|svg|head)\b.*?</\1>", keep, text))
 
 # %% ../nbs/80_published.ipynb #c66af286
@@ -406,7 +407,7 @@ def build(report: Callable[[Plan], Path], plan: Plan) -> Path:       # of the st
     write_atomic(path.with_suffix(".numbers.json"), ledger_text(made_by, plan.study.name, {r.name: (r.id, r.digest) for r in records}, found))
     return path
 
-# %% ../nbs/80_published.ipynb #c631b95e
+# %% ../nbs/80_published.ipynb #c8589c16
 def _mirror(source: Path, target: Path) -> None:
     "Copy the texts of a folder and link what is only read: records of runs, notebooks, programs. Other folders are entered."
     target.mkdir(parents=True, exist_ok=True)
@@ -415,7 +416,7 @@ def _mirror(source: Path, target: Path) -> None:
         if f.name in ("nbs", "figures", "papermill_runs") and (source / "settings.ini").exists(): continue
         if f.is_file() and f.suffix in TEXT: (target / f.name).write_bytes(f.read_bytes())
         elif f.is_dir() and source.name == "papermill_runs" and f.name not in ("studies", "profiles"): _mirror(f, target / f.name)
-        elif f.is_dir() and source.parent.name == "papermill_runs" and not (f / "run.json").is_file(): _mirror(f, target / f.name)
+        elif f.is_dir() and source.parent.name == "papermill_runs" and (any(f.glob("*.tex")) or not (f / "run.json").is_file()): _mirror(f, target / f.name)
         elif f.suffix != ".png": (target / f.name).symlink_to(f)
 
 @contextmanager
@@ -433,7 +434,7 @@ def shadow(root: Path) -> Iterator[Path]:
             try: yield copy
             finally: os.chdir(back)
 
-# %% ../nbs/80_published.ipynb #cc3a42bb
+# %% ../nbs/80_published.ipynb #c3c8e3fd
 @contextmanager
 def _no_drawing() -> Iterator[None]:
     from matplotlib.figure import Figure
@@ -456,7 +457,9 @@ def made_again(ledger: Path, root: Path) -> dict[str, str | None]:      # file a
     "The files of a ledger, made once more from the runs."
     made, at = read_ledger(ledger), Path(ledger).resolve().parent.relative_to(Path(root).resolve())
     with shadow(root) as copy, _no_drawing(), _code_looked_up_once():
-        for f in made["files"]: (copy / at / f).unlink(missing_ok=True)
+        for f in made["files"]:
+            if not (copy / at / f).resolve().is_relative_to(copy): raise ValueError(f"{ledger.name}: {f} lies in the folder of a run, where only the run may write")
+            (copy / at / f).unlink(missing_ok=True)
         _remake(made, copy)
         return {f: (copy / at / f).read_text() if (copy / at / f).is_file() else None for f in made["files"]}
 
@@ -653,6 +656,36 @@ def check_front(root: Path, checked: Iterable[Path],       # files that have a l
         problems.append(f"README.md:{at}: {f.text} is written in the prose of nbs/index.ipynb, from no run ({source.strip()[:80]!r}): quote a report, write it in words, or declare it in nbs/declared_numbers.csv")
     return problems + [f"nbs/declared_numbers.csv: {w!r} is not in the prose of README.md any more: delete it" for w in words if w not in text]
 
+# %% ../nbs/80_published.ipynb #caf813d7
+def _row_runs(text: str, study: str) -> Callable[[str], tuple[str, ...]]:       # of a table; folder of the week
+    "The runs behind a line of a table: those of its row, else of the whole table."
+    named, ids = {}, lambda s: re.findall(r"([\w.-]+)/run\.json", s)
+    for line in text.split("\n"):
+        if line.startswith("% ") and line.count(" | ") >= 3: named.setdefault(line[2:].split(" | ")[0], []).extend(f"{study}/{r}" for r in ids(line))
+    everything = tuple(dict.fromkeys(r for rs in named.values() for r in rs))
+    plain = lambda s: re.sub(r"[^a-z0-9]", "", s.lower())
+    titles = {plain(t): tuple(dict.fromkeys(rs)) for t, rs in named.items() if rs}
+    return lambda line: titles.get(plain(re.sub(r"\\text\w+", "", line.split("&")[0])), everything) if "&" in line else everything
+
+def write_tables(root: Path) -> Path | None:       # the ledger; None without a finished week
+    "Write the tables of papermill_runs/seven_day/day6_final from the days' records, and their ledger."
+    from moe_routing.week_report import read_week, write_week
+    study = Path(root) / "papermill_runs" / "seven_day"
+    home = study / "day6_final"
+    if not (home / "run.json").is_file(): return None
+    record = json.loads((home / "run.json").read_text())
+    asked, found = record["parameters"], {}
+    with TemporaryDirectory() as folder:
+        write_week(read_week(study, asked["need"], asked["mixed"], root), folder, asked["baselines"], asked["text"], record["run_id"])
+        for f in sorted(Path(folder).glob("*.tex")): write_atomic(home / f.name, f.read_text())
+    for f in sorted(home.glob("*.tex")):
+        lines, of = f.read_text().split("\n"), _row_runs(f.read_text(), study.name)
+        found[f"{home.name}/{f.name}"] = _line_entries(f, words_of("moe_routing.published:write_tables"), lambda n: (of(lines[n.line - 1]), "given"))
+    names = sorted({n for es in found.values() for e in es for n in e[1]})
+    runs = {n: (json.loads((raw := (study.parent / n / "run.json").read_bytes()))["run_id"], digest(raw)) for n in names}
+    write_atomic(study / "day6_final.numbers.json", ledger_text("moe_routing.published:write_tables", "", runs, found))
+    return study / "day6_final.numbers.json"
+
 # %% ../nbs/80_published.ipynb #ca510053
 def published_files(root: Path) -> list[Path]:
     "Every file that has to have a ledger."
@@ -682,7 +715,7 @@ def check(root: Path | None = None, again: bool = True, jobs: int = 2) -> list[s
     each = _in_processes(check_ledger, [(made, root, again) for made in ledgers(root)], jobs)
     return [*check_cover(root), *(p for ps in each for p in ps), *check_benchmarks(root), *check_front(root, [f for made in ledgers(root) for f in files_of(made)] + [root / "figures" / "benchmarks.csv", root / "figures" / "benchmarks.md"])]
 
-# %% ../nbs/80_published.ipynb #ce235ba0
+# %% ../nbs/80_published.ipynb #c24994a1
 _STAYS = ExitStack()
 
 def _start_worker() -> None:
@@ -709,5 +742,6 @@ def build_all(root: Path | None = None, jobs: int = 2, say=print) -> int:      #
     root = Path(root or find_root()).resolve()
     sizes = {f.stem: len(list((root / "papermill_runs" / f.stem).glob("*/run.json"))) for f in (root / "papermill_runs" / "studies").glob("*.yaml") if load_study(f).report}
     lines = _in_processes(_draw, [(s, root) for s in sorted(sizes, key=sizes.get, reverse=True) if sizes[s]], jobs)
+    if (made := write_tables(root)) is not None: lines.append(f"week:   {made.relative_to(root)}")
     for line in lines: say(line)
     return sum(line.startswith("error") for line in lines)
