@@ -1210,6 +1210,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'moe_routing.published._mirror': ('published.html#_mirror', 'moe_routing/published.py'),
                                        'moe_routing.published._named': ('published.html#_named', 'moe_routing/published.py'),
                                        'moe_routing.published._no_drawing': ('published.html#_no_drawing', 'moe_routing/published.py'),
+                                       'moe_routing.published._pieces': ('published.html#_pieces', 'moe_routing/published.py'),
                                        'moe_routing.published._plan_as_run': ('published.html#_plan_as_run', 'moe_routing/published.py'),
                                        'moe_routing.published._remake': ('published.html#_remake', 'moe_routing/published.py'),
                                        'moe_routing.published._row_runs': ('published.html#_row_runs', 'moe_routing/published.py'),

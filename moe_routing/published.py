@@ -82,7 +82,10 @@ def of_runs(text: str, pieces: Iterable[str], csv: bool = False) -> list[Found]:
     spans = own_words(text, pieces)
     return [f for f in numbers(text, csv) if not any(a <= f.start and f.start + len(f.text) <= b for a, b in spans)]
 
-# %% ../nbs/80_published.ipynb #ca18a2fd
+# %% ../nbs/80_published.ipynb #c31d18e4
+@cache
+def _pieces(text: str) -> list[str]: return literals([text])
+
 @cache
 def _words_of(module: str, package: Path) -> tuple[str, ...]:
     def file(name): return package / (name.replace(".", "/") + ".py")
@@ -92,7 +95,8 @@ def _words_of(module: str, package: Path) -> tuple[str, ...]:
                 name = (n.module or "") if n.level else (n.module or "").partition("moe_routing.")[2]
                 if name and file(name).is_file(): yield name
     text = file(module).read_text()
-    return tuple(literals([text, *(file(n).read_text() for n in dict.fromkeys(imported(text)))]))
+    pieces = {p for t in (text, *(file(n).read_text() for n in dict.fromkeys(imported(text)))) for p in _pieces(t)}
+    return tuple(sorted(pieces, key=lambda p: (-len(p), p)))
 
 def words_of(made_by: str) -> tuple[str, ...]:     # "module:function"
     "The literal text of the module that writes a file and of those it imports. ValueError when there is no such module."
@@ -297,7 +301,7 @@ def table_rows(text: str, csv: bool = False) -> dict[int, list[tuple[str, str, i
         at += len(line) + 1
     return rows
 
-# %% ../nbs/80_published.ipynb #c04fbcf7
+# %% ../nbs/80_published.ipynb #c1ee4f43
 def titles_of(made_by: str) -> dict[str, set[str]]:      # "module:function"
     "How a module writes the values of parameters for readers: its tables from text to text, as value -> titles."
     found = {}
@@ -317,7 +321,7 @@ def origins(text: str, records: list[Record], csv: bool = False,
     everything, rows, known_rows, titles = tuple(r.name for r in records), table_rows(text, csv), {}, titles or {}
     names, heading = {n for r in records for n in r.keys}, _headings("" if csv else text)
     def has(r, column, cell): return any(agrees(cell, v, csv) or cell in titles.get(v, ()) for v in r.facts.get(column, ()) if v.__hash__)
-    def under(r, title): return any(isinstance(v, str) and title in (v.lower(), *(t.lower() for t in titles.get(v, ()))) for k in r.keys for v in r.facts[k])
+    words = {r.name: {w.lower() for k in r.keys for v in r.facts[k] if isinstance(v, str) for w in (v, *titles.get(v, ()))} for r in records}
     def of_row(line):
         cells = [(ALIASES.get(h, h), c) for h, c, *_ in rows[line]]
         listed = {n for h, c in cells if h in ("run", "runs") for n in re.split(r"[\s,;]+", c)}
@@ -325,7 +329,7 @@ def origins(text: str, records: list[Record], csv: bool = False,
         if not about:
             keyed = [(h, c) for h, c in cells if h in names and c not in ("", "-")]
             about = [r for r in records if all(h not in r.keys or has(r, h, c) for h, c in keyed) and any(h in r.keys for h, _ in keyed)] or records
-            about = [r for r in about if under(r, heading(line))] or about
+            about = [r for r in about if heading(line) in words[r.name]] or about
         def fits(r):
             told = [has(r, h, c) for h, c in cells if h in r.facts and h not in r.keys and NUMBER.search(c)]
             return bool(told) and all(told)
@@ -376,14 +380,14 @@ def watched() -> Iterator[Watched]:
     try: yield Watched(_EVENTS.get())
     finally: _EVENTS.reset(token)
 
-# %% ../nbs/80_published.ipynb #cc9b70ed
+# %% ../nbs/80_published.ipynb #c49d6007
 TEXT = (".md", ".csv", ".json", ".jsonl", ".tex", ".txt", ".html")
 
 @contextmanager
 def _code_looked_up_once() -> Iterator[None]:
-    "Keep the code hashes for as long as nothing can change them: a report reads several studies of one template."
+    "Keep code hashes and what a module's text was cut into, for as long as nothing can change them: a report reads several studies, and templates share their modules."
     from moe_routing import runs
-    with mock.patch.multiple(runs, code_hash=cache(runs.code_hash), code_at=cache(runs.code_at)): yield
+    with mock.patch.multiple(runs, code_hash=cache(runs.code_hash), code_at=cache(runs.code_at), _Source=cache(runs._Source)): yield
 
 def _runs_read(seen: Watched, plan: Plan) -> list[Record]:
     results, studies = plan.folder.resolve().parent, {}
@@ -434,7 +438,7 @@ def shadow(root: Path) -> Iterator[Path]:
             try: yield copy
             finally: os.chdir(back)
 
-# %% ../nbs/80_published.ipynb #c3c8e3fd
+# %% ../nbs/80_published.ipynb #c9b8585a
 @contextmanager
 def _no_drawing() -> Iterator[None]:
     from matplotlib.figure import Figure
@@ -451,7 +455,7 @@ def _remake(made: dict, copy: Path) -> None:
     module, _, name = made["made_by"].partition(":")
     write = getattr(import_module(module), name)
     if not made["study"]: return write(copy)
-    build(write, _plan_as_run(made["study"], copy))
+    write(_plan_as_run(made["study"], copy))
 
 def made_again(ledger: Path, root: Path) -> dict[str, str | None]:      # file as the ledger names it -> its new text, None where it was not written
     "The files of a ledger, made once more from the runs."
