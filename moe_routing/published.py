@@ -690,13 +690,13 @@ def write_tables(root: Path) -> Path | None:       # the ledger; None without a 
     write_atomic(study / "day6_final.numbers.json", ledger_text("moe_routing.published:write_tables", "", runs, found))
     return study / "day6_final.numbers.json"
 
-# %% ../nbs/80_published.ipynb #ca510053
+# %% ../nbs/80_published.ipynb #c633b3aa
 def published_files(root: Path) -> list[Path]:
     "Every file that has to have a ledger."
     root = Path(root).resolve()
     studies = [f for f in (root / "papermill_runs").iterdir() if f.is_dir() and "--" not in f.name and f.name not in ("studies", "profiles", "single")]
     found = [*root.glob("figures/*"), *(f for s in studies for f in s.glob("*")), *root.glob("papermill_runs/report/**/*"), *root.glob("papermill_runs/*/day6*/*.tex")]
-    return sorted({f for f in found if f.is_file() and f.suffix in TEXT and not f.name.endswith(".numbers.json") and f.name != "confirmed.json"})
+    return sorted({f for f in found if f.is_file() and f.suffix in TEXT and not f.name.endswith(".numbers.json") and f.name != "confirmed.json" and not f.name.endswith("_log.txt")})
 
 def ledgers(root: Path) -> list[Path]:
     "All ledgers of reports, in order."
