@@ -36,6 +36,7 @@ def main() -> int:
     bench = verbs.add_parser("bench", help="measure the speed and quality claims, a ratio in one process each")
     bench.add_argument("names", nargs="*", help="templates nbs/runs/bench_<name>.ipynb (default: all)")
     verbs.add_parser("readme", help="write README.md from nbs/index.ipynb")
+    verbs.add_parser("book", help="build the book as pages in _book")
     verbs.add_parser("status", help="runs finished, failed, stale and running, by study")
     args, more = parser.parse_known_args()
     if hasattr(args, "overrides"):                 # argparse gives up on key=value behind an option
@@ -57,6 +58,9 @@ def main() -> int:
         elif args.verb == "readme":
             from moe_routing._readme import write_readme
             print(write_readme(runs.find_root()))
+        elif args.verb == "book":
+            from moe_routing.book import build_book
+            print("book:", build_book())
         elif args.verb == "bench":
             from moe_routing.reports import run_benchmarks
             print(run_benchmarks(args.names))
