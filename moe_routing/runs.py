@@ -535,12 +535,12 @@ def recover(plan: Plan,
 # %% ../nbs/70_runs.ipynb #cbb94365-2
 @contextmanager
 def _one_gpu(root: Path):
-    "Hold one GPU for as long as this process lives; without GPUs there is nothing to hold."
+    "Hold one GPU of this machine for as long as this process lives; without GPUs there is nothing to hold. On a cluster the folder of the locks is shared, the GPUs are not."
     gpus = visible_gpus() if load_settings(root).device in ("auto", "cuda") else []
     while gpus:
         for gpu in gpus:
             try:
-                with _locked(_steering(root) / f"gpu-{_slug(gpu)}.lock", wait=0):
+                with _locked(_steering(root) / f"gpu-{os.uname().nodename}-{_slug(gpu)}.lock", wait=0):
                     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
                     yield
                     return
