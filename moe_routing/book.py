@@ -42,9 +42,12 @@ def parts(root: Path                     # of the repository
 def page(notebook: dict                  # as stored
         ) -> dict:                       # as shown
     "A notebook for readers: without nbdev's lines, with tags for what is hidden."
-    cells = []
+    cells, titled = [], False
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            if titled: cell = {**cell, "source": re.sub(r"^# ", "## ", source, flags=re.M)}    # a page has one title
+            titled = titled or source.startswith("# ")
         said, rest = re.findall(r"^#\| *(.+)$", source, re.M), re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
         if cell["cell_type"] == "code":
             if not rest or any(line.startswith(("hide", "default_exp")) for line in said): continue
@@ -70,6 +73,7 @@ CONFIG = {
     # stored code is shown as it is, also where the lexer does not know a line; notebooks of one cell have headings of any level
     "suppress_warnings": ["misc.highlighting_failure", "myst.header", "mystnb.unknown_mime_type"],
     "html_theme": "furo", "html_copy_source": False, "html_show_sourcelink": False,
+    "html_show_search_summary": False,       # it would fetch the pages found, which a browser refuses for files
 }
 
 FRONT = """<!doctype html><meta charset="utf-8"><title>moe_routing</title><meta http-equiv="refresh" content="0; url=nbs/index.html"><a href="nbs/index.html">moe_routing</a>\n"""
