@@ -52,7 +52,7 @@ def _spectra(text, where):
         count = Counter(verdict for _, verdict, _ in rows)
         return ", ".join(f"{n} {verdict}" for verdict, n in count.most_common()) + f" of {len(rows)} hypotheses; H1 (better than Switch) {rows[0][1]}, {rows[0][2]}"
     if "## Two sizes" in text:
-        return "{}: gain over Switch at the larger size {} % of its loss; {} seeds would decide".format(*quote(r"larger models: (\w+)", text, where), *quote(rf"^\| gain at the larger size +\| ({_VALUE})", text, where), *quote(r"as estimated: (\d+)", text, where))
+        return "H6 {}: gain over Switch at the larger size {} % of its loss; {} seeds would decide".format(*quote(r"larger models: (\w+)", text, where), *quote(rf"^\| gain at the larger size +\| ({_VALUE})", text, where), *quote(r"as estimated: (\d+)", text, where))
     if "## Long text" in text:
         rows = re.findall(rf"^\| spectra +\| (\d+) +\| \d+ +\| ({_VALUE}) \(random ([\d.]+)\).*?\| +\d+ +\| ([\d.]+)", text, re.M)
         (few, short, _, _), (many, long, chance, memory) = rows[0], rows[-1]
@@ -86,8 +86,9 @@ def study_rows(root: Path | None = None  # of the repository
     for name, path in reports(root).items():
         text, where = path.read_text(), path.relative_to(root).as_posix()
         answer = ANSWERS.get(path.stem, lambda text, where: "in the report")(text, where)
+        question = load_study(root / "papermill_runs" / "studies" / f"{name}.yaml").question
         runs, = quote(r"(\d+)(?: of \d+)? runs", text, where)
-        rows.append({"study": name, "question": load_study(root / "papermill_runs" / "studies" / f"{name}.yaml").question, "answer": answer, "runs": int(runs), "report": where})
+        rows.append({"study": name, "question": question[:1].upper() + question[1:], "answer": answer, "runs": int(runs), "report": where})
     return rows
 
 def study_table(rows: list[dict],        # from `study_rows`
