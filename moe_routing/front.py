@@ -32,11 +32,11 @@ def _bh(text, where):
     return f"With as many experts as fixed top-k better in {better}, worse in {worse} of {of} settings, perplexity ratio {low} to {high}; the cheapest setting within the tolerance uses {experts} experts, ratio {ratio} to the model's own"
 
 def _routers(text, where):
-    answers = re.findall(r"^- \*\*((?:Matched active compute|Equal width), [^*]+)\*\*: lowest mean loss (\w+).*?Of (\d+) pairs (\d+) differ, (\d+) are equivalent, (\d+) undecided", text, re.M)
+    answers = re.findall(r"^- \*\*((?:Matched active compute|Equal width), [^*]+)\*\*: lowest mean loss (\w+).*?Of \d+ pairs (\d+) differ, (\d+) are equivalent, (\d+) undecided", text, re.M)
     if not answers: quote(r"lowest mean loss (\w+)", text, where)
-    table, first, pairs, differ, same, open_ = next((a for a in reversed(answers) if a[0].startswith("Matched")), answers[-1])
+    table, first, differ, same, open_ = next((a for a in reversed(answers) if a[0].startswith("Matched")), answers[-1])
     loss, = quote(rf"^\| {first} +\| \d+ +\| ({_VALUE})", text[text.index(f"## {table}"):], where)
-    return f"{table}: lowest loss {first}, {loss}; of {pairs} pairs {differ} differ, {same} equivalent, {open_} undecided"
+    return f"{table}: lowest loss {first}, {loss}; pairs of routers: {differ} differ, {same} equivalent, {open_} undecided"
 
 def _balance(text, where): return "Closest to the floor: " + quote(r"Closest to the floor: (.*?\])\.$", text, where)[0] + "; shown to meet both limits: " + quote(r"both shown: (\w+)", text, where)[0]
 
@@ -50,7 +50,7 @@ def _spectra(text, where):
     if "## Hypotheses" in text:
         rows = re.findall(rf"^\| (H\d) \| .*?\| (\w+) +\| ({_VALUE})", text, re.M)
         count = Counter(verdict for _, verdict, _ in rows)
-        return ", ".join(f"{n} {verdict}" for verdict, n in count.most_common()) + f" of {len(rows)} hypotheses; H1 (better than Switch) {rows[0][1]}, {rows[0][2]}"
+        return ", ".join(f"{n} {verdict}" for verdict, n in count.most_common()) + f" of {len(rows)} hypotheses; H1 (better than Switch) {rows[0][1]}, least favourable comparison {rows[0][2]} (positive: for it)"
     if "## Two sizes" in text:
         return "H6 {}: gain over Switch at the larger size {} % of its loss; {} seeds would decide".format(*quote(r"larger models: (\w+)", text, where), *quote(rf"^\| gain at the larger size +\| ({_VALUE})", text, where), *quote(r"as estimated: (\d+)", text, where))
     if "## Long text" in text:
