@@ -13,7 +13,7 @@ import pytest
 
 from conftest import ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*MystReferenceResolver.app:DeprecationWarning")      # MyST-Parser's own
+pytestmark = pytest.mark.filterwarnings("ignore:.*MystReferenceResolver.app")      # MyST-Parser's own
 
 TERM, CHAPTER, TITLE = "Benjamini-Hochberg", "nbs/12_routers.pvalue.html", "P-values for experts"
 READ = ["nbs/index.html", CHAPTER, "papermill_runs/bh_sweep/bh_routing_report.html"]      # the pages a browser opens
