@@ -7,13 +7,14 @@ VENV := .venv/bin
 FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
 
-.PHONY: venv help run week test lab book figures bench status check check-data notebooks readme clean
+.PHONY: venv help run week test lab book figures bench status confirm check check-data notebooks readme clean
 
 help:
 	@echo "make run          the main study ($(STUDY)); STUDY=smoke for a small one; MODEL=allenai/OLMoE-1B-7B-0924 for another model; FRESH=1 redoes stale runs"
 	@echo "make week         the seven-day plan; MODEL=<folder or hub id>, FLAGS=\"--only day3_4\" and the seed's other flags"
 	@echo "make test         everything CI checks: notebooks, package in sync, README, pytest"
 	@echo "make status       runs finished, failed, stale and running, by study"
+	@echo "make confirm      repeat a sample of STUDY's stale runs; where every bit agrees, its results count again"
 	@echo "make check-data   a small study on real WikiText-2, LAMBADA, HellaSwag and ARC-Challenge from data_dir of settings.ini"
 	@echo "make lab          JupyterLab on the book        make figures   draw again from finished runs"
 	@echo "make book         the book as pages to read and search offline: _book/index.html"
@@ -36,6 +37,9 @@ week: venv
 
 check-data: venv
 	@$(VENV)/python -m moe_routing run check_data $(if $(FRESH),--fresh)
+
+confirm: venv
+	@$(VENV)/python -m moe_routing confirm $(STUDY)
 
 status: venv
 	@$(VENV)/python -m moe_routing status

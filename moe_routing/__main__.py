@@ -16,12 +16,14 @@ def main() -> int:
     run.add_argument("--cores", type=int, help="processes at once (default: all cores)")
     run.add_argument("--fresh", action="store_true", help="do runs again that were made by other code")
     week = verbs.add_parser("week", help="the seven-day plan; the flags are those of seed 000")
-    week.add_argument("--config", default="seven_day", help="the plan: a study, or a YAML file of one")
+    week.add_argument("--config", help="the plan: a study, or a YAML file of one (default: seven_day, or seven_day_gpu where a checkpoint is given)")
     week.add_argument("--checkpoint", help="the model: a hub id, a folder, or tiny")
     week.add_argument("--output_dir", help="folder for the results instead of papermill_runs")
     week.add_argument("--only", metavar="DAY", help="this day alone, for example day3_4")
     week.add_argument("--start_from", metavar="DAY", help="this day and all after it")
     week.add_argument("--dry_run", action="store_true", help="say what would be done")
+    week.add_argument("--graph", metavar="FILE", help="draw what follows what, as .png or .svg, and run nothing")
+    week.add_argument("--anyway", action="store_true", help="go on after a NO-GO of the first day")
     week.add_argument("--cores", type=int)
     for flag in WEEK_FLAGS: week.add_argument(f"--{flag}", action="store_true")
     week.add_argument("overrides", nargs="*", metavar="parameter=value")
@@ -36,6 +38,10 @@ def main() -> int:
     bench = verbs.add_parser("bench", help="measure the speed and quality claims, a ratio in one process each")
     bench.add_argument("names", nargs="*", help="templates nbs/runs/bench_<name>.ipynb (default: all)")
     verbs.add_parser("readme", help="write README.md from nbs/index.ipynb")
+    confirm = verbs.add_parser("confirm", help="repeat a sample of a study's stale runs by today's code; where every bit agrees, the study counts again")
+    confirm.add_argument("study")
+    confirm.add_argument("--share", type=float, default=.1, help="of the stale runs to repeat; one of each group and router at least (default .1)")
+    confirm.add_argument("--cores", type=int, default=1)
     verbs.add_parser("book", help="build the book as pages in _book")
     verbs.add_parser("status", help="runs finished, failed, stale and running, by study")
     args, more = parser.parse_known_args()
@@ -49,10 +55,19 @@ def main() -> int:
         if args.verb == "run":
             return runs.run_study(args.study, runs.parse_overrides(args.overrides), args.cores, args.fresh, more)
         if args.verb == "week":
-            if args.output_dir: os.environ["MOE_ROUTING_RESULTS_DIR"] = args.output_dir
-            said = {"model": args.checkpoint, "only": args.only, "start_from": args.start_from, **{flag: getattr(args, flag) or None for flag in WEEK_FLAGS}}
+            if args.output_dir: os.environ["MOE_ROUTING_RESULTS_DIR"] = os.path.abspath(args.output_dir)
+            config = args.config or ("seven_day" if args.checkpoint in (None, "tiny") else "seven_day_gpu")
+            said = {"model": args.checkpoint, "only": args.only, "start_from": args.start_from, **{flag: getattr(args, flag) or None for flag in (*WEEK_FLAGS, "anyway")}}
             wanted = {**runs.parse_overrides(args.overrides), **{k: v for k, v in said.items() if v is not None}}
-            return runs.run_study(args.config, wanted, args.cores, more=["--dry-run", "--quiet", "rules"] if args.dry_run else [])
+            if args.graph:
+                print("graph:", runs.draw_plan(runs.plan_study(config, wanted), args.graph))
+                return 0
+            return runs.run_study(config, wanted, args.cores, more=["--dry-run", "--quiet", "rules"] if args.dry_run else [])
+        if args.verb == "confirm":
+            found = runs.confirm_study(args.study, args.share, args.cores)
+            different = {n: where for f in found.values() for n, where in f["different"].items()}
+            print(f"{args.study}: {sum(len(f['repeated']) for f in found.values())} runs repeated, {len(different)} differ" + (": FRESH=1 does the study again" if different else ""))
+            return int(bool(different))
         if args.verb == "status":
             runs.print_status()
         elif args.verb == "readme":

@@ -6,7 +6,8 @@
 __all__ = ['PATTERNS', 'RUN_LOGS', 'LIMITS', 'PUBLISHED', 'GATE_TEXTS', 'quantity_of', 'curve_table', 'Curves', 'read_curves',
            'auxiliary', 'bias_start', 'draw_curves', 'load_excess', 'worst_layer', 'Check', 'Gate', 'check_limits',
            'seed_load', 'seed_gate', 'excess_gate', 'GateText', 'gate_texts', 'Measured', 'trace_loads',
-           'measure_model', 'Decision', 'decide', 'check_metrics', 'check_report', 'write_check', 'require_go']
+           'measure_model', 'Decision', 'decide', 'named_baseline', 'measure_baselines', 'check_metrics',
+           'check_report', 'write_check', 'require_go']
 
 # %% ../nbs/63_gate.ipynb #cf2f4a12
 import json
@@ -594,6 +595,31 @@ def decide(curves: Curves | None, measured: Measured | None,
     elif measured is not None: values, where = seed_load(measured.parts.sum(0)), dict.fromkeys(("cv", "maxvio"), "no log was given; measured on the model, mean over layers, the seed's conventions")
     else: values, where = {}, dict.fromkeys(("cv", "maxvio"), "no log was given")
     return Decision({"seed": seed_gate(values | {"perplexity": ppl}, limits, where | {"perplexity": where_ppl}), "excess": excess_gate(measured and measured.rows(), ppl, limits, where_ppl)}, rule)
+
+# %% ../nbs/63_gate.ipynb #c7a85d63
+def named_baseline(given: str | dict,      # hub id or folder, or {"name":, "model":, "quantize":}
+                  ) -> dict:               # name, model, quantize
+    "A baseline with all its fields. ValueError for one that names no model, or has a field that nobody knows."
+    if isinstance(given, str): given = {"model": given}
+    if not isinstance(given, dict) or not given.get("model"): raise ValueError(f"baseline {given!r}: give a hub id or folder, or {{'name': ..., 'model': ...}}")
+    for key in given: known(key, ("name", "model", "quantize"), "field of a baseline")
+    return {"name": given.get("name") or given["model"].rstrip("/").split("/")[-1], "model": given["model"], "quantize": given.get("quantize")}
+
+def measure_baselines(baselines: dict[str, dict],          # name -> what `named_baseline` gives
+                      texts: Iterable[str] = tuple(GATE_TEXTS), source: str = "auto", limit: int = 64,    # as for `gate_texts`
+                      max_length: int = 512, batch_size: int = 8, settings=None,
+                     ) -> dict[str, dict]:                 # name -> text -> perplexity, interval, tokens, texts, used; or {"error":}
+    "Perplexity of other models on the texts of the sanity check, one model in memory at a time; one that cannot be loaded or run says why."
+    from moe_routing.models import load_model
+    found = {}
+    for name, about in baselines.items():
+        try:
+            model, tokenizer = load_model(about["model"], quantize=about["quantize"], settings=settings)
+            results = {t: (perplexity(model, tokenizer, records, max_length, batch_size), used) for t in dict.fromkeys(texts) for records, used in [gate_texts(t, source, limit, settings)]}
+            found[name] = _finite({t: {"perplexity": r.metrics["perplexity"], "interval": list(r.intervals["perplexity"]), "tokens": r.metrics["tokens"], "texts": len(r.samples), "used": used["used"]} for t, (r, used) in results.items()})
+        except (OSError, ValueError, RuntimeError) as e: found[name] = {"error": f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:300]}"}
+        model = None
+    return found
 
 # %% ../nbs/63_gate.ipynb #c73174fe
 def check_metrics(curves: Curves | None, measured: Measured | None, decision: Decision) -> dict:

@@ -415,7 +415,7 @@ class _Judge:
         share = lambda marks, n: 1 - math.comb(len(marks) - sum(marks), n) / math.comb(len(marks), n)
         return {f"pass@{n}": sum(share(marks, n) for marks in right) / len(right) for n in k if len(right[0]) >= n}, {}
 
-def may_run_code(settings) -> bool: return bool(getattr(settings, "allow_code_execution", False))
+def may_run_code(settings) -> bool: return settings.allow_code_execution
 
 @contextmanager
 def code_judge(settings):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEERING', 'template_path', 'template_parameters', 'resolve_parameters', 'visible_gpus', 'result_settings', 'run_id',
            'code_hash', 'code_at', 'write_atomic', 'Run', 'run_template', 'Plan', 'plan_study', 'run_state',
-           'load_runs', 'recover', 'execute', 'parse_overrides', 'study_status', 'failures', 'run_study',
-           'print_status']
+           'load_runs', 'recover', 'execute', 'confirm_study', 'draw_plan', 'parse_overrides', 'study_status',
+           'failures', 'run_study', 'print_status']
 
 # %% ../nbs/70_runs.ipynb #c8399db2
 import ast
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -63,6 +63,8 @@ def resolve_parameters(path: Path,                 # template
             from moe_routing.core import known
             try: known(key, [k for k in defaults if k != "out"], "parameter")
             except ValueError as e: raise ValueError(f"template {Path(path).stem}: {e}") from None
+        kind = type(defaults.get(key))
+        if kind in (list, dict) and isinstance(given[key], (str, int, float)): raise ValueError(f"template {Path(path).stem}: {key} = {given[key]!r} is no {kind.__name__}: write it as {[given[key]] if kind is list else {}}, quoted for the shell")
     return {**defaults, **given}
 
 # %% ../nbs/70_runs.ipynb #c15f97ed
@@ -109,6 +111,7 @@ def _module_file(files: Iterable[str], name: str) -> str | None:
 class _Source:
     "One module, cut into its definitions: text and names used of each, what runs on import, and where imported names come from."
     def __init__(self, text: str):
+        self.fields = {}
         text = "\n".join("" if l.lstrip().startswith(("%", "!")) else l for l in text.splitlines())
         self.lines, self.definitions, self.on_import, self.imports = text.splitlines(), {}, [], {}
         for node in ast.parse(text).body: self._sort(node)
@@ -116,8 +119,9 @@ class _Source:
         if isinstance(node, ast.ImportFrom | ast.Import): return self.imports.update(_imported(node))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant): return
         start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-        part = ("\n".join(self.lines[start - 1:node.end_lineno]), {n.id for n in ast.walk(node) if isinstance(n, ast.Name)},
-                dict(i for n in ast.walk(node) if isinstance(n, ast.ImportFrom | ast.Import) for i in _imported(n).items()))
+        own = [n for n in getattr(node, "body", []) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)] if _is_dataclass(node) else []
+        for n in own: self.fields.setdefault(node.name, []).append((n.target.id, self._part(n, n.lineno, [])))
+        part = self._part(node, start, own)
         targets = getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(node, ast.Assign | ast.AnnAssign) else []
         flat = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
         owners = [t.id if isinstance(t, ast.Name) else getattr(getattr(t, "value", None), "id", None) for t in flat]     # `A.b = c` belongs to A
@@ -125,6 +129,16 @@ class _Source:
         if not owners or None in owners or any(isinstance(t, ast.Attribute) and o not in self.definitions for t, o in zip(flat, owners)): self.on_import.append(part)
         elif owners != ["__all__"]:
             for name in owners: self.definitions.setdefault(name, []).append(part)
+    def _part(self, node: ast.AST, start: int, without: list[ast.AST]) -> tuple:
+        "Text of a node from a line on, the names it uses, and what it imports; without some of its statements."
+        left_out = {i for n in without for i in range(n.lineno, n.end_lineno + 1)}
+        inside = [n for n in ast.walk(node) if not any(a.lineno <= getattr(n, "lineno", 0) <= a.end_lineno for a in without)]
+        return ("\n".join(l for i, l in enumerate(self.lines[start - 1:node.end_lineno], start) if i not in left_out), {n.id for n in inside if isinstance(n, ast.Name)},
+                dict(i for n in inside if isinstance(n, ast.ImportFrom | ast.Import) for i in _imported(n).items()))
+
+def _is_dataclass(node: ast.stmt) -> bool:
+    "A class whose fields are read by name; a NamedTuple can be unpacked without one, so it is taken whole."
+    return isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list)
 
 def _imported(node: ast.ImportFrom | ast.Import) -> dict[str, tuple[str, str]]:
     "Local name -> (module, name there) of what comes from this package; a whole module has the name \"\"."
@@ -137,7 +151,7 @@ def _imported(node: ast.ImportFrom | ast.Import) -> dict[str, tuple[str, str]]:
 # %% ../nbs/70_runs.ipynb #c1064747
 def _reached(template: str, files: dict[str, str]) -> list[tuple[str, str]]:
     "All pieces of code that a template reaches: (file, text), in a fixed order."
-    sources, pieces, todo = {}, set(), []
+    sources, pieces, todo, waiting, words = {}, set(), [], [], set()        # waiting: fields of dataclasses that no code reached so far names
     def enter(file):
         if file in sources: return
         sources[file] = _Source(files[file])
@@ -148,6 +162,7 @@ def _reached(template: str, files: dict[str, str]) -> list[tuple[str, str]]:
         text, names, inside = part
         if (file, text) in pieces: return
         pieces.add((file, text))
+        words.update(re.findall(r"\w+", text))
         known_here = {**sources[file].imports, **inside}
         for name in names | set(inside):
             if name in known_here: follow(*known_here[name])
@@ -158,16 +173,22 @@ def _reached(template: str, files: dict[str, str]) -> list[tuple[str, str]]:
         enter(file)
         todo.extend((file, n) for n in ([name] if name and _module_file(files, module) else sources[file].definitions))
     sources[""] = _Source(template)
+    words.update(re.findall(r"\w+", template))
     for module, name in sources[""].imports.values(): follow(module, name)
     for part in [*sources[""].on_import, *(p for ps in sources[""].definitions.values() for p in ps)]:
         for module, name in part[2].values(): follow(module, name)
     done = set()
-    while todo:
+    while todo or any(field in words for _, field, _ in waiting):
+        if not todo:
+            named, waiting = [w for w in waiting if w[1] in words], [w for w in waiting if w[1] not in words]
+            for file, _, part in named: take(file, part)
+            continue
         if (at := todo.pop()) in done: continue
         done.add(at)
         file, name = at
         if file and name in sources[file].imports and name not in sources[file].definitions: follow(*sources[file].imports[name])
         for part in sources[file].definitions.get(name, []) if file else []: take(file, part)
+        waiting += [(file, field, part) for field, part in sources[file].fields.get(name, [])] if file else []
     return sorted(pieces)
 
 # %% ../nbs/70_runs.ipynb #c6b4681f
@@ -421,7 +442,7 @@ def plan_study(name: str,                          # a file papermill_runs/studi
     order = {k: overrides.pop(k) for k in STEERING if k in overrides}
     file = Path(name) if str(name).endswith(".yaml") else root / "papermill_runs" / "studies" / f"{name}.yaml"
     study, settings = load_study(file), load_settings(root)
-    machine, several = result_settings(settings), any("template" in g for g in study.groups.values())
+    machine, several = result_settings(settings) | ({"dtype": study.dtype} if study.dtype else {}), any("template" in g for g in study.groups.values())
     points = [p if not several else {**_known_to(study, p["group"], p, overrides, root), "group": p["group"]} for p in ({**p, **({} if several else overrides)} for p in study.points())]
     try:
         if several: _all_used(study, overrides, root)
@@ -434,7 +455,8 @@ def plan_study(name: str,                          # a file papermill_runs/studi
     if study.prepare:
         wanted = template_parameters(template_path(study.prepare, root))
         prepare = {k: v for k, v in {**study.base, **overrides}.items() if k in wanted}
-    suffix = "".join(f"--{_slug(v)}" for v in overrides.values())
+    suffix = "".join(f"--{'' if v else 'no_'}{k}" if isinstance(v, bool) else f"--{_slug(v) or k}" for k, v in overrides.items())
+    if len(suffix) > 80: suffix = f"--{_slug(overrides.get('model', ''))}-{hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]}"
     runs = {n: p for n, p in zip(names, points) if p["group"] in picked}
     before = {n: [m for m, q in runs.items() if q["group"] in study.groups[p["group"]].get("after", [])] for n, p in runs.items()}
     return Plan(study, settings.results_dir / f"{study.name}{suffix}", runs, prepare, overrides, {} if order.get("continue_on_error") else {n: b for n, b in before.items() if b})
@@ -453,23 +475,34 @@ def _named(study: Study, points: list[dict], names: list[str]) -> list[str]:
         if fixed.count(name) > 1: raise ValueError(f"the name {name!r} is for one run, and its group has {fixed.count(name)}")
     return [f or n for f, n in zip(fixed, names)]
 
+# %% ../nbs/70_runs.ipynb #c133a833
+CONFIRMED = "confirmed.json"
+
+def _is_confirmed(folder: Path, record: dict, template: Path, root: Path, today: str, seen: dict) -> bool:
+    "Does the study's confirmation speak for this run, and was it made by today's code?"
+    file = folder.parent / CONFIRMED
+    if file not in seen: seen[file] = _read(file) or {}
+    found = seen[file].get(record["template"])
+    return bool(found) and not found["different"] and found["speaks_for"].get(folder.name) == record["code"] and _code_of(found, template, root, today, seen) == today
+
 # %% ../nbs/70_runs.ipynb #c8c70895
 def run_state(folder: Path,                        # of a run
               code: str,                           # today's code hash of its template
               root: Path | None = None,            # of the repository, whose history tells whether anything the run reaches has changed
               seen: dict | None = None,            # keeps what was looked up there, for many runs
              ) -> str:
-    "finished, stale, failed, running or open."
+    "finished, confirmed, stale, failed, running or open."
     folder, record = Path(folder), _read(Path(folder) / "run.json")
     if _alive(_read(folder / "owner.json")): return "running"
     if record is None: return "open"
     if record["status"] != "finished": return "failed" if record["status"] == "failed" else "open"
     if any(not (folder.parent / f).exists() for f in record.get("files", [])): return "open"
     if record["code"] == code: return "finished"
-    root = root or find_root()
+    root, seen = root or find_root(), {} if seen is None else seen
     try: template = template_path(record["template"], root)
     except ValueError: return "stale"
-    return "finished" if _code_of(record, template, root, code, {} if seen is None else seen) == code else "stale"
+    if _code_of(record, template, root, code, seen) == code: return "finished"
+    return "confirmed" if _is_confirmed(folder, record, template, root, code, seen) else "stale"
 
 # %% ../nbs/70_runs.ipynb #c331f679
 def load_runs(folder: str | Path,                  # of a study
@@ -484,10 +517,12 @@ def load_runs(folder: str | Path,                  # of a study
         if record is None or record["status"] != "finished": continue
         name = record["template"]
         if name not in hashes: hashes[name] = code_hash(template_path(name, root))
-        code = _code_of(record, template_path(name, root), root, hashes[name], seen)
+        code, template = _code_of(record, template_path(name, root), root, hashes[name], seen), template_path(name, root)
+        again = code != hashes[name] and _is_confirmed(file.parent, record, template, root, hashes[name], seen)
+        if again: code = hashes[name]
         if code != hashes[name] and not stale: continue
         rows.append({"run": file.parent.name, **record["parameters"], "group": record["group"], **record["metrics"], "run_id": record["run_id"], "code": code,
-                     "stale": code != hashes[name], "seconds": record["seconds"], "documents": record["documents"], "notes": record["notes"]})
+                     "stale": code != hashes[name], "confirmed": again, "seconds": record["seconds"], "documents": record["documents"], "notes": record["notes"]})
     return pd.DataFrame(rows)
 
 # %% ../nbs/70_runs.ipynb #c342d82d
@@ -520,7 +555,7 @@ def recover(plan: Plan,
         folder = plan.folder / name
         _end_survivors(folder)
         state = run_state(folder, code_of(plan.template(name)), root, seen)
-        if state not in ("finished", "stale") or (fresh and state == "stale"): (folder / "finished").unlink(missing_ok=True)
+        if state not in ("finished", "confirmed", "stale") or (fresh and state == "stale"): (folder / "finished").unlink(missing_ok=True)
         if fresh and state == "stale": (folder / "run.json").unlink(missing_ok=True)
         states.setdefault(state, []).append(name)
     if plan.prepare is not None:
@@ -528,24 +563,27 @@ def recover(plan: Plan,
         _end_survivors(folder)
         state = run_state(folder, code_hash(template_path(plan.study.prepare, root)), root, seen)
         if state != "finished" and (fresh or state != "stale"): (folder / "finished").unlink(missing_ok=True)
-    again = sum(len(names) for state, names in states.items() if state not in ("finished", "stale")) + fresh * len(states.get("stale", []))
+    again = sum(len(names) for state, names in states.items() if state not in ("finished", "confirmed", "stale")) + fresh * len(states.get("stale", []))
     if again: (plan.folder / f"{plan.study.report}.md").unlink(missing_ok=True)    # Snakemake would take a report that is there for the end of the work
     return states
 
 # %% ../nbs/70_runs.ipynb #cbb94365-2
 @contextmanager
-def _one_gpu(root: Path):
-    "Hold one GPU of this machine for as long as this process lives; without GPUs there is nothing to hold. On a cluster the folder of the locks is shared, the GPUs are not."
+def _some_gpus(root: Path, number: int = 1):
+    "Hold so many GPUs of this machine, or all there are, for as long as this process lives; without GPUs there is nothing to hold. On a cluster the folder of the locks is shared, the GPUs are not."
     gpus = visible_gpus() if load_settings(root).device in ("auto", "cuda") else []
     while gpus:
-        for gpu in gpus:
-            try:
-                with _locked(_steering(root) / f"gpu-{os.uname().nodename}-{_slug(gpu)}.lock", wait=0):
-                    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-                    yield
-                    return
-            except TimeoutError: continue
-        time.sleep(1)
+        with ExitStack() as held:
+            mine = []
+            for gpu in gpus:
+                try: held.enter_context(_locked(_steering(root) / f"gpu-{os.uname().nodename}-{_slug(gpu)}.lock", wait=0))
+                except TimeoutError: continue
+                mine.append(gpu)
+                if len(mine) < min(number, len(gpus)): continue
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+                yield
+                return
+        time.sleep(1)                              # too few were free: all are given back, so that two that wait cannot block each other
     yield
 
 def _progress(plan: Plan, root: Path, name: str, seconds: float) -> str:
@@ -569,6 +607,7 @@ def execute(plan: Plan,
     root = Path(root or find_root())
     folder = plan.folder / name
     for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ[key] = str(load_settings(root).threads or threads)
+    if plan.study.dtype: os.environ["MOE_ROUTING_DTYPE"] = plan.study.dtype
     if name == "prepare": template, point = plan.study.prepare, dict(plan.prepare)
     else:
         if name not in plan.runs:
@@ -577,11 +616,113 @@ def execute(plan: Plan,
         template, point = plan.template(name), dict(plan.runs[name])
     group = point.pop("group", "")
     record = _read(folder / "run.json")
-    if record is None or name == "prepare" or run_state(folder, code_hash(template_path(template, root)), root) != "finished":
-        with _one_gpu(root): record = run_template(template, point, folder, plan.folder.name, group, root, show=name == "prepare")
+    if record is None or name == "prepare" or run_state(folder, code_hash(template_path(template, root)), root) not in ("finished", "confirmed"):
+        with _some_gpus(root, plan.study.gpus): record = run_template(template, point, folder, plan.folder.name, group, root, show=name == "prepare")
     write_atomic(folder / "finished", record["code"] + "\n")
     print(_progress(plan, root, name, record["seconds"]), flush=True)
     return record
+
+# %% ../nbs/70_runs.ipynb #cda664de
+_TIMED = re.compile(r"seconds|_ms($|_)|_ms_|latency|per_s|tflops|GiBps|_mb$|peak_|speed|_time$|^started$|p\d\d_|avg_ms|overhead")
+
+def _differing(old, new, path: str = "") -> tuple[int, list[str]]:      # values from JSON
+    "How many values were compared, and the places where the new ones differ; what only the new ones have does not count."
+    if isinstance(old, dict) and isinstance(new, dict): pairs = [(f"{path}/{k}", v, new.get(k, "missing")) for k, v in old.items() if not _TIMED.search(k)]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new): pairs = [(path, a, b) for a, b in zip(old, new)]
+    else: return 1, [] if json.dumps(old) == json.dumps(new) else [path]
+    found = [_differing(a, b, p) for p, a, b in pairs]
+    return sum(n for n, _ in found), list(dict.fromkeys(d for _, ds in found for d in ds))
+
+def _outcome(folder: Path) -> dict:
+    "All that a run left and that can be compared: metrics, documents, and its logs."
+    record = _read(folder / "run.json")
+    logs = {f.name: [json.loads(line) for line in f.read_text().splitlines()] if f.suffix == ".jsonl" else _read(f) for f in sorted(folder.glob("*.json*"))
+            if f.suffix in (".json", ".jsonl") and f.name not in ("run.json", "owner.json", "kernel.json")}
+    return {"metrics": record["metrics"], "documents": record["documents"], **logs}
+
+# %% ../nbs/70_runs.ipynb #c37414bb
+def _kind(record: dict) -> tuple:
+    "What a run is an instance of: its group, and the router, predictors or other name that its template varies."
+    p = record["parameters"]
+    return record["group"], *(str(p[k]) for k in ("router", "horizon", "dataset", "predictors", "E") if k in p)
+
+def _sampled(records: dict[str, dict], share: float, seed: int) -> list[str]:     # run -> record
+    "At least one run of each kind, and `share` of all, drawn at random."
+    import random
+    names = sorted(records)
+    random.Random(seed).shuffle(names)
+    first = list({_kind(records[n]): n for n in names}.values())
+    rest = [n for n in names if n not in first]
+    return sorted(first + rest[:max(0, round(share * len(names)) - len(first))])
+
+# %% ../nbs/70_runs.ipynb #c8db4e29
+def confirm_study(name: str,                       # study
+                  share: float = .1,               # of its stale runs to repeat; one of each group and router at least
+                  cores: int = 1,                  # processes at once
+                  seed: int = 0,                   # of the choice
+                  root: Path | None = None, say=print,
+                 ) -> dict:                        # template -> what confirmed.json holds
+    "Repeat a sample of a study's stale runs by today's code and compare to the last bit. Leaves confirmed.json; ValueError for a share outside (0, 1]. A study without stale runs is left alone."
+    if not 0 < share <= 1: raise ValueError(f"share = {share} is outside (0, 1]: .1 repeats a tenth of the stale runs")
+    root = Path(root or find_root())
+    folder, scratch = plan_study(name, root=root).folder, load_settings(root).cache_dir / "confirm" / name
+    records = {f.parent.name: r for f in sorted(folder.glob("*/run.json")) if f.parent.name != "prepare" and (r := _read(f)) and r["status"] == "finished"}
+    found, seen = _read(folder / CONFIRMED) or {}, {}
+    for template in sorted({r["template"] for r in records.values()}):
+        path = template_path(template, root)
+        today = code_hash(path)
+        stale = {n: r for n, r in records.items() if r["template"] == template and _code_of(r, path, root, today, seen) != today}
+        if not stale or all(_is_confirmed(folder / n, r, path, root, today, seen) for n, r in stale.items()): continue
+        found[template] = _repeat(stale, _sampled(stale, share, seed), folder, scratch, path, today, cores, root, say)
+        write_atomic(folder / CONFIRMED, _readable(found) + "\n")
+    return found
+
+# %% ../nbs/70_runs.ipynb #cc8b2265
+def _again(record: dict, folder: Path, today: str, root: Path) -> None:
+    "Repeat a run in another folder, unless today's code has done so there."
+    done = _read(folder / "run.json")
+    if not (done and done["status"] == "finished" and done["code"] == today): run_template(record["template"], record["parameters"], folder, record["study"], record["group"], root)
+
+def _repeat(stale: dict, chosen: list[str], folder: Path, scratch: Path, template: Path, today: str, cores: int, root: Path, say) -> dict:
+    "Repeat the chosen runs and say what differs."
+    from concurrent.futures import ThreadPoolExecutor, as_completed    # every run is a kernel of its own anyway
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    different, values = {}, 0
+    with ThreadPoolExecutor(cores) as pool:
+        jobs = {pool.submit(_again, stale[n], scratch / n, today, root): n for n in chosen}
+        for i, job in enumerate(as_completed(jobs), 1):
+            job.result()
+            n = jobs[job]
+            count, where = _differing(_outcome(folder / n), _outcome(scratch / n))
+            values += count
+            if where: different[n] = where[:20]
+            say(f"[{i}/{len(chosen)}] {n}: {count} values, {len(where)} differ")
+    return {"code": today, **_git(root), "repeated": chosen, "values": values, "different": different, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "speaks_for": {n: r["code"] for n, r in sorted(stale.items())}}
+
+# %% ../nbs/70_runs.ipynb #c7e09013
+def draw_plan(plan: Plan, file: str | Path,        # .png, .svg or .pdf
+             ) -> Path:
+    "A picture of what follows what in a study: a box a run, and an arrow from what must be finished before. Of more than 12 runs that wait for none, their groups are shown."
+    import matplotlib.pyplot as plt
+    names = list(plan.runs) if plan.after or len(plan.runs) <= 12 else list(dict.fromkeys(p["group"] for p in plan.runs.values()))
+    before = {n: plan.after.get(n) or ["prepare"] * (plan.prepare is not None) for n in names}
+    column, boxes = {"prepare": 0} if plan.prepare is not None else {}, {}
+    for name in names: column[name] = 1 + max((column[b] for b in before[name]), default=-1)
+    for name, x in column.items(): boxes.setdefault(x, []).append(name)
+    at = {name: (x, (len(there) - 1) / 2 - i) for x, there in boxes.items() for i, name in enumerate(there)}
+    tall = max(map(len, boxes.values()))
+    fig, ax = plt.subplots(figsize=(2.6 * len(boxes), .7 * tall + .4))
+    drawn = {name: ax.annotate(name, place, ha="center", va="center", fontsize=9, bbox=dict(boxstyle="round,pad=.4", facecolor="white", edgecolor="black")).get_bbox_patch() for name, place in at.items()}
+    fig.canvas.draw()                              # the boxes have their size only now, and arrows end at them
+    for name in names:
+        implied = {a for b in before[name] for a in before.get(b, [])}
+        for b in set(before[name]) - implied: ax.annotate("", at[name], at[b], arrowprops=dict(arrowstyle="-|>", color="0.4", patchA=drawn[b], patchB=drawn[name], shrinkA=3, shrinkB=3))
+    ax.set(xlim=(-.6, len(boxes) - .4), ylim=(-tall / 2 - .2, tall / 2 + .2))
+    ax.axis("off")
+    fig.savefig(file, bbox_inches="tight", dpi=200, metadata={"Software": None} if str(file).endswith(".png") else None)
+    plt.close(fig)
+    return Path(file)
 
 # %% ../nbs/70_runs.ipynb #c1040378
 def parse_overrides(pairs: list[str],              # ["model=name", "limit=20"]
@@ -606,6 +747,22 @@ def failures(plan: Plan) -> list[str]:
     records = {name: _read(plan.folder / name / "run.json") for name in [*plan.runs, "prepare"]}
     return [f"{name}: {' '.join(r['error'].split())[:400]}" for name, r in records.items() if r and r["status"] == "failed"]
 
+# %% ../nbs/70_runs.ipynb #c157c321
+def _shown_and_kept(command: list[str], root: Path, env: dict, log: Path | None) -> int:
+    "Run a command; what it prints is shown, and added to a log with the time where one is wanted, without the folder it lies in."
+    if log is None: return subprocess.run(command, cwd=root, env=env).returncode
+    log.parent.mkdir(parents=True, exist_ok=True)
+    def said(line): return f"{datetime.now().isoformat(timespec='seconds')}  {line.rstrip().replace(f'{root}{os.sep}', '').replace(str(root), '.')}\n"
+    with open(log, "a") as kept, subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+        kept.write(said(f"started at commit {_git(root)['commit']}: {' '.join(command[command.index('--cores'):])}"))
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            kept.write(said(line))
+            kept.flush()
+        code = process.wait()
+        kept.write(said(f"ended with code {code}"))
+    return code
+
 # %% ../nbs/70_runs.ipynb #c06f1f0d
 def run_study(name: str,                           # study
               overrides: dict | None = None,
@@ -618,14 +775,14 @@ def run_study(name: str,                           # study
     plan = plan_study(name, overrides, root)
     _refuse_if_running(plan, root)
     stale = study_status(plan, root).get("stale", [])
-    if stale and not fresh: print(f"{len(stale)} finished runs were made by other code and will not be published: FRESH=1 does them again")
+    if stale and not fresh: print(f"{len(stale)} finished runs were made by other code and will not be published: FRESH=1 does them again, `make confirm STUDY={name}` repeats a sample and compares")
     config = {**plan.overrides, **{k: v for k, v in (overrides or {}).items() if k in STEERING}}
     config = ["--config", *(f"{k}={v}" for k, v in config.items())] if config else []
     command = [sys.executable, "-m", "snakemake", "-s", str(root / "papermill_runs" / "Snakefile"), "--cores", str(cores or os.cpu_count()),
                plan.study.name, *(more or []), *config]
-    code = subprocess.run(command, cwd=root, env={**os.environ, **({"MOE_FRESH": "1"} if fresh else {})}).returncode
+    code = _shown_and_kept(command, root, {**os.environ, **({"MOE_FRESH": "1"} if fresh else {})}, plan.folder / plan.study.log if plan.study.log and "--dry-run" not in command else None)
     states = study_status(plan, root)
-    print(f"\n{plan.folder.name}: {len(states.get('finished', []))} of {len(plan.runs)} runs finished")
+    print(f"\n{plan.folder.name}: {sum(len(states.get(s, [])) for s in ('finished', 'confirmed'))} of {len(plan.runs)} runs finished")
     if code:
         for line in failures(plan): print("failed:", line)
         print("what is finished is kept; the same command goes on from here")
@@ -639,5 +796,5 @@ def print_status(root: Path | None = None) -> None:
     for file in sorted((root / "papermill_runs" / "studies").glob("*.yaml")):
         plan = plan_study(file.stem, root=root)
         states = {k: len(v) for k, v in study_status(plan, root).items()}
-        print(f"{file.stem:24s} {len(plan.runs):4d} runs  " + "  ".join(f"{k} {states[k]}" for k in ("finished", "running", "failed", "stale", "open") if k in states))
+        print(f"{file.stem:24s} {len(plan.runs):4d} runs  " + "  ".join(f"{k} {states[k]}" for k in ("finished", "confirmed", "running", "failed", "stale", "open") if k in states))
         for line in failures(plan): print("    failed:", line)

@@ -36,6 +36,7 @@ class Settings:
     hub: bool = True                           # may the hub be asked?
     figure_dpi: int = 300                      # of PNG figures
     trust_remote_code: bool = False            # may a checkpoint's own code run?
+    allow_code_execution: bool = False         # may programs that a model wrote be run?
 
     def torch_device(self):
         "The torch.device to compute on."
@@ -107,6 +108,9 @@ class Study:
     prepare: str = ""                           # a template that is run once before all others, with the parameters of `base` it knows
     report: str = ""                            # a report of moe_routing.reports to build from the finished runs
     report_options: dict = field(default_factory=dict)
+    dtype: str = ""                             # in place of that of settings.ini
+    gpus: int = 1                               # a run takes
+    log: str = ""                               # file in the study's folder that gets all that is printed
 
     def template_of(self, group: str) -> str:
         "The template of a group's runs."
@@ -122,6 +126,52 @@ class Study:
                      for point in points for one in shared for seed in plan.get("seeds", self.seeds)]
         return rows
 
+# %% ../nbs/01_settings.ipynb #ce5253b2
+_DAYS = {"day0": ("day0_sanity_check", "day0_sanity_check", []), "day1_2": ("day1_2_standard_benchmarks", "day1_2_benchmarks", ["day0"]),
+         "day3_4": ("day3_4_expert_analysis", "day3_4_expert_analysis", ["day0"]), "day5": ("day5_throughput", "day5_efficiency", ["day0"]),
+         "day6": ("day6_comparison_table", "day6_final", ["day0", "day1_2", "day3_4", "day5"])}        # day: template, folder, days before it
+_SEED_KEYS = {"model": ("checkpoint_path", "model_name", "num_experts", "active_experts", "quantize"), "wandb": ("run_id", "project", "entity"), "compute": ("num_gpus", "batch_size_per_gpu", "use_bf16")}
+
+def _section(raw: dict, name: str, path: Path) -> dict:
+    "One of the seed's sections, what is left empty left out."
+    found = raw.get(name) or {}
+    if not isinstance(found, dict): raise ValueError(f"{path}: {name} = {found!r} is not a mapping: it has {', '.join(_SEED_KEYS[name])}")
+    for key in found: _known(key, _SEED_KEYS[name], f"key in {name}", str(path))
+    return {k: v for k, v in found.items() if v not in (None, "")}
+
+def _log_of(wandb: dict, path: Path) -> str:
+    "The training log that the section names: a W&B run, or a path to a log."
+    if not (run := str(wandb.get("run_id", ""))): return ""
+    if "/" in run or "project" not in wandb: return run
+    if "entity" not in wandb: raise ValueError(f"{path}: wandb has run_id and project but no entity: add it, or write run_id: entity/project/run_id, or a path to an offline run")
+    return f"wandb:{wandb['entity']}/{wandb['project']}/{run}"
+
+# %% ../nbs/01_settings.ipynb #c01f67d4
+def _baseline(name: str, path: Path) -> dict:
+    "What baseline_models.yaml says of a name; a hub id or folder stands for itself."
+    import yaml
+    file = path.parent.parent / "baseline_models.yaml"
+    listed = (yaml.safe_load(file.read_text()) if file.is_file() else None) or {}
+    if name in listed:
+        for key in listed[name]: _known(key, ("model", "quantize"), f"key of {name!r}", str(file))
+        return {"name": name, **listed[name]}
+    if "/" not in name: _known(name, listed, "baseline (or hub id, or folder)", f"{path}, {file.name}")
+    return {"name": name.rstrip("/").split("/")[-1], "model": name}
+
+def _week_form(raw: dict, path: Path) -> dict:
+    "A plan in the seed's words as a study."
+    for key in raw: _known(key, ("question", "days", "baselines", "base", "log", *_SEED_KEYS), "key", str(path))
+    model, wandb, compute = (_section(raw, name, path) for name in _SEED_KEYS)
+    if "checkpoint_path" not in model: raise ValueError(f"{path}: model.checkpoint_path is missing: a folder, a hub id, or tiny")
+    for day in raw["days"]: _known(day, _DAYS, "day", str(path))
+    name = {"model_name": model["model_name"], "name": model["model_name"]} if "model_name" in model else {}       # day 5 calls it name
+    base = {"model": model["checkpoint_path"], **name, **{k: model[k] for k in ("num_experts", "active_experts", "quantize") if k in model}, "log": _log_of(wandb, path),
+            **({"batch_size": compute["batch_size_per_gpu"]} if "batch_size_per_gpu" in compute else {}), "baselines": [_baseline(b, path) for b in raw.get("baselines") or []], **(raw.get("base") or {})}
+    groups = {_DAYS[day][1]: {"template": _DAYS[day][0], "name": _DAYS[day][1], "after": [_DAYS[d][1] for d in _DAYS[day][2] if d in raw["days"]], "list": [raw["days"][day] or {}]}
+              for day in _DAYS if day in raw["days"]}
+    dtype = {"dtype": "bfloat16" if compute["use_bf16"] else "float32"} if "use_bf16" in compute else {}
+    return {"question": raw.get("question", ""), "base": base, "groups": groups, "gpus": compute.get("num_gpus", 1), **dtype, **({"log": raw["log"]} if "log" in raw else {})}
+
 # %% ../nbs/01_settings.ipynb #cd5a7e25
 def load_study(path: str | Path,                # a YAML file
               ) -> Study:
@@ -134,6 +184,7 @@ def load_study(path: str | Path,                # a YAML file
     try: raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as e: raise ValueError(f"{path}: not valid YAML: {e}") from None
     if not isinstance(raw, dict): raise ValueError(f"{path}: a study is a mapping with question, template and groups")
+    if "days" in raw: raw = _week_form(raw, path)
     for key in raw: _known(key, [f.name for f in fields(Study) if f.name != "name"], "key", str(path))
     try:
         for key in ("question", "groups"):

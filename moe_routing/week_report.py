@@ -350,7 +350,10 @@ def perplexity_cell(week: Week, row: Row, text: str = "wikitext") -> Cell:
         low, high = (found[text].get("interval") or [None, None])[:2]
         return day.cell(found[text].get("perplexity"), f"perplexity.json: {text}.perplexity", low=low, high=high, n=found[text].get("texts", found[text].get("tokens")))
     first = week.days["day0"]
-    return first.gap(first.why or f"{first.folder.name} did not measure the perplexity of {row.name}; a baseline needs a sanity check of its own in {first.folder.name}-NAME")
+    found = next((x for n, x in first.read("perplexity_baselines.json")[0].items() if row.is_called(n) and not row.router), {})
+    if text in found: return first.cell(found[text].get("perplexity"), f"perplexity_baselines.json: {row.name}.{text}.perplexity", **dict(zip(("low", "high"), found[text].get("interval") or ())), n=found[text].get("texts"))
+    if "error" in found: return first.gap(f"{first.folder.name}: {row.name}: {found['error']}")
+    return first.gap(first.why or f"{first.folder.name} did not measure the perplexity of {row.name}; name it among the plan's baselines, or give it a sanity check of its own in {first.folder.name}-NAME")
 
 # %% ../nbs/77_week_report.ipynb #cee074d7
 def _speeds(week: Week) -> dict[tuple[int, int], dict[str, dict]]:

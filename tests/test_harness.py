@@ -1,6 +1,8 @@
 "lm-eval under our routers: the own gate changes nothing, pairs are pairs, and what cannot be scored says so."
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -9,6 +11,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, OlmoeForCausalLM
 
+from conftest import ROOT
 from moe_routing import harness
 from moe_routing.harness import (BENCHMARKS, EMBEDDED_TASKS, RoutedLM, Tasks, code_judge, compare_benchmarks, load_tasks, local_folder, main, paired_scores, program_passes, run_benchmarks,
                                  score_depends_on, score_task, unknown_task, with_examples, write_comparison)
@@ -62,9 +65,7 @@ def settings(tmp_path):
 
 def allowing(settings):
     "The same settings with allow_code_execution = yes."
-    settings = replace(settings)
-    object.__setattr__(settings, "allow_code_execution", True)
-    return settings
+    return replace(settings, allow_code_execution=True)
 
 
 # ---------------------------------------------------------------- the own gate
@@ -342,3 +343,27 @@ def test_lm_eval_can_derive_from_our_task_manager(settings):
         class Derived(lm_eval.tasks.TaskManager): pass
         assert issubclass(Derived, Tasks)
     assert lm_eval.tasks.TaskManager is theirs
+
+
+SEVERAL = '''import json, sys
+from moe_routing.harness import RoutedLM, load_tasks, run_benchmarks
+folder, out = sys.argv[1:]
+lm = RoutedLM(folder, router="topk", k=2, device="cpu", batch_size=4, progress=False)
+assert lm.world_size == 2
+found = run_benchmarks(lm, ["embedded_choice"], out, limit=9, say=lambda line: None)
+if lm.rank == 0: assert found["embedded_choice"]["n"] == 9
+'''
+
+
+def test_several_processes_share_the_documents(tmp_path, small, tokenizer):
+    "As `accelerate launch` starts them, here on CPUs: every document is answered once, and the scores are those of one process."
+    folder = tmp_path / "m"
+    small.save_pretrained(folder), tokenizer.save_pretrained(folder)
+    (tmp_path / "several.py").write_text(SEVERAL)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "several.py"), str(folder), str(tmp_path / "out")],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, "\n".join(l for l in done.stderr.splitlines() if "Error" in l) + done.stderr[-600:]
+    several = json.loads(next((tmp_path / "out").rglob("*_results.json")).read_text())
+    alone = run_benchmarks(RoutedLM(str(folder), router="topk", k=2, device="cpu", batch_size=4, progress=False), ["embedded_choice"], tmp_path / "alone", limit=9, say=lambda line: None)["embedded_choice"]
+    order = lambda r: sorted(zip(r["documents"]["id"], r["documents"]["hash"], r["documents"]["score"]))
+    assert order(several) == order(alone) and several["score"] == alone["score"]

@@ -163,15 +163,18 @@ def test_an_override_makes_a_study_of_its_own(lab):
     assert record["parameters"]["seconds"] == .1 and not (lab / "papermill_runs" / "demo").exists()
 
 
-def test_gpus_are_handed_out_one_to_a_run(lab, monkeypatch):
+def test_gpus_are_handed_out_as_many_as_a_run_takes(lab, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     (lab / "settings.ini").write_text("[moe_routing]\n")
     assert runs.visible_gpus() == ["0", "1"]
-    with runs._one_gpu(lab):
+    with runs._some_gpus(lab):
         first = os.environ["CUDA_VISIBLE_DEVICES"]
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        with runs._one_gpu(lab): second = os.environ["CUDA_VISIBLE_DEVICES"]
+        with runs._some_gpus(lab): second = os.environ["CUDA_VISIBLE_DEVICES"]
     assert {first, second} == {"0", "1"}
+    for asked, held in ((2, "0,1"), (8, "0,1")):                           # all there are, where a plan asks for more
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        with runs._some_gpus(lab, asked): assert os.environ["CUDA_VISIBLE_DEVICES"] == held
 
 
 def test_never_more_runs_start_than_there_are_gpus(lab):
@@ -239,7 +242,7 @@ groups:
 @pytest.fixture
 def days(lab):
     nb = nbformat.read(lab / "nbs" / "runs" / "demo.ipynb", 4)
-    nb.cells[0].source = 'beta = 0\nk = 1\nfail = False\nseed = 0\nout = ""'
+    nb.cells[0].source = 'beta = 0\nwords = []\nk = 1\nfail = False\nseed = 0\nout = ""'
     nb.cells[1].source = '''from pathlib import Path
 from moe_routing.runs import Run
 run = Run(out)
@@ -280,7 +283,24 @@ def test_days_run_in_order_one_alone_and_past_a_failure(days):
     text, code = finish(days, "week", "--config", "demo", "--only", "second")
     assert code == 0 and [p.parent.name for p in folder.glob("*/finished")] == ["day1_second"] and read("day1_second")["metrics"]["before"] == 0
     text, code = finish(days, "week", "--config", "demo", "fail=True")
-    failed = days / "papermill_runs" / "demo--True"
+    failed = days / "papermill_runs" / "demo--fail"
     assert code != 0 and "asked to fail" in text and not (failed / "day2_third" / "finished").exists() and (failed / "day0_first" / "finished").exists()
+    text, code = finish(days, "week", "--config", "demo", "--only", "second", "words=['a b/c', {'name': 'x'}]")         # lists and quotes arrive as they were given
+    assert code == 0 and json.loads(next((days / "papermill_runs").glob("demo--*c_name_x*/day1_second/run.json")).read_text())["parameters"]["words"] == ["a b/c", {"name": "x"}]
+    text, code = finish(days, "week", "--config", "demo", "words=abc")
+    assert code == 1 and "words = 'abc' is no list: write it as ['abc']" in text
     text, code = finish(days, "week", "--config", "demo", "--continue_on_error", "fail=True")
     assert (failed / "day2_third" / "finished").exists() and "asked to fail" in text
+
+
+def test_a_field_counts_where_it_is_named():
+    "A dataclass may get a field that the template's code never names; one that is named somewhere, even in another module or as a string, counts, and a NamedTuple counts whole."
+    package = {"core.py": "from dataclasses import dataclass\nfrom typing import NamedTuple\n@dataclass\nclass Settings:\n    a: int = 1\n    b: int = 2\n    def total(self): return self.a\nclass Pair(NamedTuple):\n    first: int = 0\n    second: int = 1\n",
+               "other.py": "from moe_routing.core import Pair\ndef read(settings): return getattr(settings, 'c', 0)\n"}
+    template = "from moe_routing.core import Settings, Pair\nx, y = Pair()\nSettings(3).total()"
+    after = lambda old, new, code=template: runs._hash(code, package) != runs._hash(code, {f: t.replace(old, new) for f, t in package.items()})
+    assert not after("    b: int = 2\n", "    b: int = 7\n") and not after("    b: int = 2\n", "    b: int = 2\n    c: int = 3\n")
+    assert after("a: int = 1", "a: int = 4") and after("return self.a", "return -self.a") and after("@dataclass\n", "@dataclass(frozen=True)\n")
+    assert after("second: int = 1", "second: int = 2")
+    reads = template + "\nfrom moe_routing.other import read\nread(Settings())"
+    assert after("    b: int = 2\n", "    b: int = 2\n    c: int = 3\n", reads) and not after("    b: int = 2\n", "    b: int = 7\n", reads) and after("b: int = 2", "b: int = 7", reads + "\nSettings(b=1)")
