@@ -62,6 +62,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'moe_routing.book': { 'moe_routing.book._heading': ('book.html#_heading', 'moe_routing/book.py'),
                                   'moe_routing.book.build_book': ('book.html#build_book', 'moe_routing/book.py'),
                                   'moe_routing.book.contents': ('book.html#contents', 'moe_routing/book.py'),
+                                  'moe_routing.book.folders_to_pages': ('book.html#folders_to_pages', 'moe_routing/book.py'),
                                   'moe_routing.book.page': ('book.html#page', 'moe_routing/book.py'),
                                   'moe_routing.book.parts': ('book.html#parts', 'moe_routing/book.py')},
             'moe_routing.calibration': { 'moe_routing.calibration.calibrated_null': ( 'calibration.html#calibrated_null',
