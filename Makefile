@@ -7,7 +7,7 @@ VENV := .venv/bin
 FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
 
-.PHONY: venv help run week test lab figures bench status confirm check check-data notebooks readme clean claims
+.PHONY: venv help run week test lab figures bench status confirm check check-data notebooks readme clean claims book
 
 help:
 	@echo "make run          the main study ($(STUDY)); STUDY=smoke for a small one; MODEL=allenai/OLMoE-1B-7B-0924 for another model; FRESH=1 redoes stale runs"
@@ -17,8 +17,9 @@ help:
 	@echo "make confirm      repeat a sample of STUDY's stale runs; where every bit agrees, its results count again"
 	@echo "make check-data   a small study on real WikiText-2, LAMBADA, HellaSwag and ARC-Challenge from data_dir of settings.ini"
 	@echo "make lab          JupyterLab on the book        make figures   draw every study again from its runs; STUDY=name for one"
+	@echo "make book         the book as pages to read and search offline: _book/index.html"
 	@echo "make bench        the speed and quality claims, measured    make notebooks  export, test and clean after an edit"
-	@echo "make clean        delete what can be made again: .venv, cache"
+	@echo "make clean        delete what can be made again: .venv, cache, _book"
 
 # Stale means other contents, not a newer date: nbdev writes pyproject.toml anew without changing it.
 venv:
@@ -52,6 +53,9 @@ claims: venv
 lab: venv
 	@$(VENV)/jupyter lab nbs
 
+book: venv
+	@$(VENV)/python -m moe_routing book
+
 bench: venv
 	@$(VENV)/python -m moe_routing bench
 
@@ -69,4 +73,4 @@ readme: venv
 	@$(VENV)/python -m moe_routing readme
 
 clean:
-	rm -rf .venv cache .snakemake
+	rm -rf .venv cache .snakemake _book

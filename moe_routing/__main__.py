@@ -45,6 +45,7 @@ def main() -> int:
     confirm.add_argument("--share", type=float, default=.1, help="of the stale runs to repeat; one of each group and router at least (default .1)")
     confirm.add_argument("--cores", type=int, default=1)
     verbs.add_parser("claims", help="judge every claim of the seeds by the finished runs: papermill_runs/claims")
+    verbs.add_parser("book", help="build the book as pages in _book")
     verbs.add_parser("status", help="runs finished, failed, stale and running, by study")
     args, more = parser.parse_known_args()
     if hasattr(args, "overrides"):                 # argparse gives up on key=value behind an option
@@ -79,6 +80,9 @@ def main() -> int:
             from moe_routing.claims import write_claims
             from moe_routing.settings import load_settings
             print(*write_claims(load_settings().results_dir))
+        elif args.verb == "book":
+            from moe_routing.book import build_book
+            print("book:", build_book())
         elif args.verb == "bench":
             from moe_routing.reports import run_benchmarks
             print(run_benchmarks(args.names))

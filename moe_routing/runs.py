@@ -571,13 +571,13 @@ def recover(plan: Plan,
 # %% ../nbs/70_runs.ipynb #cbb94365-2
 @contextmanager
 def _some_gpus(root: Path, number: int = 1):
-    "Hold so many GPUs, or all there are, for as long as this process lives; without GPUs there is nothing to hold."
+    "Hold so many GPUs of this machine, or all there are, for as long as this process lives; without GPUs there is nothing to hold. On a cluster the folder of the locks is shared, the GPUs are not."
     gpus = visible_gpus() if load_settings(root).device in ("auto", "cuda") else []
     while gpus:
         with ExitStack() as held:
             mine = []
             for gpu in gpus:
-                try: held.enter_context(_locked(_steering(root) / f"gpu-{_slug(gpu)}.lock", wait=0))
+                try: held.enter_context(_locked(_steering(root) / f"gpu-{os.uname().nodename}-{_slug(gpu)}.lock", wait=0))
                 except TimeoutError: continue
                 mine.append(gpu)
                 if len(mine) < min(number, len(gpus)): continue
