@@ -68,6 +68,12 @@ def _perplexity_ratio(mine: pd.DataFrame, other: pd.Series):
     "Ratio of token-weighted perplexities of one run's documents to other losses of the same documents."
     return paired_ratio(mine.loss * mine.tokens, other * mine.tokens, mine.tokens, method="t" if len(mine) < FEW["studentised"] else "studentised")
 
+# %% ../nbs/72_reports.ipynb #cf118f55
+def _accuracy_difference(mine: pd.Series, other: pd.Series):
+    "Paired difference of accuracies. Where few documents, or few of them differ, draws of a bootstrap hardly vary and dividing by their spread gives anything; there t is used."
+    few = min(len(mine), int(((mine - other).abs() > 1e-9).sum())) < FEW["studentised"]
+    return (paired_t if few else paired_bootstrap)(mine, other)
+
 # %% ../nbs/72_reports.ipynb #cae23fa7
 def compare_at_equal_k(runs: pd.DataFrame,         # of a study
                        routers: tuple = ("bh", "top_p", "threshold", "random"),   # compared with fixed top-k
@@ -79,8 +85,7 @@ def compare_at_equal_k(runs: pd.DataFrame,         # of a study
         mine, curve = document_table(runs, run.run), fixed_curve(runs, run.dataset, run.weigh)
         try: fixed = {c: at_mean_k(curve, run.effective_k, c).loc[mine.index] for c in ("loss", "correct") if c in mine and mine[c].notna().all()}
         except ValueError: continue
-        few = len(mine) < FEW["studentised"]       # a bootstrap over so few documents does not keep its level
-        if "correct" in fixed: test, better = (paired_t if few else paired_bootstrap)(mine.correct.astype(float), fixed["correct"]), "higher"
+        if "correct" in fixed: test, better = _accuracy_difference(mine.correct.astype(float), fixed["correct"]), "higher"
         else: test, better = _perplexity_ratio(mine, fixed["loss"]), "lower"
         rows.append({"run": run.run, "config": run.notes["config"], "router": run.router, "dataset": run.dataset, "mean_k": run.effective_k,
                      "measure": "accuracy difference" if better == "higher" else "perplexity ratio", "estimate": test.estimate, "low": test.low, "high": test.high,
