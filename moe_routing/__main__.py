@@ -84,7 +84,7 @@ def main() -> int:
             from moe_routing.book import build_book
             print("book:", build_book())
         elif args.verb == "bench":
-            from moe_routing.reports import run_benchmarks
+            from moe_routing.benchmarks import run_benchmarks
             print(run_benchmarks(args.names))
         elif args.verb == "numbers":
             from moe_routing.published import check

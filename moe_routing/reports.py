@@ -6,8 +6,7 @@
 __all__ = ['FIRST', 'PANELS', 'REPORTS', 'results_table', 'document_table', 'fixed_curve', 'at_mean_k', 'compare_at_equal_k',
            'pareto_front', 'against_own', 'best_trade_off', 'noise_distance', 'panel_perplexity', 'panel_accuracy',
            'panel_efficiency', 'panel_sensitivity', 'panel_pareto', 'panel_behaviour', 'panel_utilization',
-           'panel_layers', 'panel_speed', 'draw_panels', 'panel_equal_k', 'bh_routing_report', 'build_report',
-           'benchmarks_text', 'run_benchmarks']
+           'panel_layers', 'panel_speed', 'draw_panels', 'panel_equal_k', 'bh_routing_report', 'build_report']
 
 # %% ../nbs/72_reports.ipynb #cf2f4a12
 import json
@@ -465,39 +464,3 @@ def build_report(plan: Plan) -> Path:
         module, _, name = report.partition(":")
         report = getattr(import_module(module), name)
     return import_module("moe_routing.published").build(report, plan)
-
-# %% ../nbs/72_reports.ipynb #c3aa0be1
-def benchmarks_text(table: pd.DataFrame,           # of figures/benchmarks.csv
-                    device: str) -> str:
-    "The table of benchmarks for readers."
-    shown = table.assign(ratio=table.ratio.fillna(table.value) if "value" in table else table.ratio).rename(columns={"ratio": "figure"})
-    shown = shown.drop(columns=[c for c in ("ours_ms", "peer_ms", "pairs", "value") if c in shown]).astype(object).where(lambda t: t.notna(), "")
-    return (f"# Benchmarks\n\nMeasured in turns inside one process each, on: {device}. Medians with 95 % intervals; `met` says whether the target was reached.\n\n"
-            + shown.to_markdown(index=False, floatfmt=".3f") + "\n")
-
-# %% ../nbs/72_reports.ipynb #c657aed5
-def run_benchmarks(names: list[str] | None = None,  # of templates bench_<name>; default: all
-                  ) -> Path:                        # figures/benchmarks.md
-    "Measure every claim of speed and quality on this machine, one process a template; rows go to figures/benchmarks.csv and .md, those of benchmarks that are not asked for stay."
-    import papermill as pm
-    import torch
-    root = find_root()
-    there = {p.stem.removeprefix("bench_"): p for p in sorted((root / "nbs" / "runs").glob("bench_*.ipynb"))}
-    folder, rows = load_settings().cache_dir / "bench", []
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names or there:
-        file = folder / f"{known(name, there, 'benchmark')}.json"
-        file.unlink(missing_ok=True)
-        pm.execute_notebook(there[name], folder / f"{name}.ipynb", {"smoke": False, "out": str(file)}, kernel_name="python3", progress_bar=False, cwd=root,
-                            extra_arguments=["--log-level=50"])
-        rows += [{"benchmark": name, **row} for row in json.loads(file.read_text())]
-        print(f"{name}: {sum(r['benchmark'] == name for r in rows)} rows", flush=True)
-    file = root / "figures" / "benchmarks.csv"
-    kept = pd.read_csv(file) if names and file.is_file() else pd.DataFrame({"benchmark": []})
-    table = pd.concat([kept[~kept.benchmark.isin(names or there)], pd.DataFrame(rows)], ignore_index=True).sort_values("benchmark", kind="stable")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    table.to_csv(file, index=False, float_format="%.4g", lineterminator="\n")
-    path = root / "figures" / "benchmarks.md"
-    write_atomic(path, benchmarks_text(pd.read_csv(file), device))
-    import_module("moe_routing.published").record_benchmarks(root, list(names or there), device)
-    return path
