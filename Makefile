@@ -16,7 +16,7 @@ help:
 	@echo "make status       runs finished, failed, stale and running, by study"
 	@echo "make confirm      repeat a sample of STUDY's stale runs; where every bit agrees, its results count again"
 	@echo "make check-data   a small study on real WikiText-2, LAMBADA, HellaSwag and ARC-Challenge from data_dir of settings.ini"
-	@echo "make lab          JupyterLab on the book        make figures   draw again from finished runs"
+	@echo "make lab          JupyterLab on the book        make figures   draw every study again from its runs; STUDY=name for one"
 	@echo "make bench        the speed and quality claims, measured    make notebooks  export, test and clean after an edit"
 	@echo "make clean        delete what can be made again: .venv, cache"
 
@@ -44,7 +44,7 @@ status: venv
 	@$(VENV)/python -m moe_routing status
 
 figures: venv
-	@$(VENV)/python -m moe_routing report $(STUDY) $(OVERRIDES)
+	@$(VENV)/python -m moe_routing report $(if $(filter-out file,$(origin STUDY)),$(STUDY) $(OVERRIDES))
 
 lab: venv
 	@$(VENV)/jupyter lab nbs

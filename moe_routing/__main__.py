@@ -32,11 +32,13 @@ def main() -> int:
     one.add_argument("name", help="folder name of the run, or 'prepare'")
     one.add_argument("overrides", nargs="*", metavar="parameter=value")
     one.add_argument("--threads", type=int, default=1)
-    report = verbs.add_parser("report", help="build the report of a study from its finished runs")
-    report.add_argument("study")
+    report = verbs.add_parser("report", help="build the report of a study from its finished runs; of every study without a name")
+    report.add_argument("study", nargs="?")
     report.add_argument("overrides", nargs="*", metavar="parameter=value")
     bench = verbs.add_parser("bench", help="measure the speed and quality claims, a ratio in one process each")
     bench.add_argument("names", nargs="*", help="templates nbs/runs/bench_<name>.ipynb (default: all)")
+    numbers = verbs.add_parser("numbers", help="is every published number what a committed run recorded?")
+    numbers.add_argument("--quick", action="store_true", help="do not make the files again")
     verbs.add_parser("readme", help="write README.md from nbs/index.ipynb")
     confirm = verbs.add_parser("confirm", help="repeat a sample of a study's stale runs by today's code; where every bit agrees, the study counts again")
     confirm.add_argument("study")
@@ -75,6 +77,14 @@ def main() -> int:
         elif args.verb == "bench":
             from moe_routing.reports import run_benchmarks
             print(run_benchmarks(args.names))
+        elif args.verb == "numbers":
+            from moe_routing.published import check
+            found = check(again=not args.quick)
+            print("\n".join(found) or "every published number is what its run recorded")
+            return int(bool(found))
+        elif args.verb == "report" and not args.study:
+            from moe_routing.published import build_all
+            return int(bool(build_all()))
         elif args.verb == "execute":
             runs.execute(runs.plan_study(args.study, runs.parse_overrides(args.overrides)), args.name, threads=args.threads)
         else:

@@ -7,12 +7,13 @@ __all__ = ['FIRST', 'PANELS', 'REPORTS', 'results_table', 'document_table', 'fix
            'pareto_front', 'against_own', 'best_trade_off', 'noise_distance', 'panel_perplexity', 'panel_accuracy',
            'panel_efficiency', 'panel_sensitivity', 'panel_pareto', 'panel_behaviour', 'panel_utilization',
            'panel_layers', 'panel_speed', 'draw_panels', 'panel_equal_k', 'bh_routing_report', 'build_report',
-           'run_benchmarks']
+           'benchmarks_text', 'run_benchmarks']
 
 # %% ../nbs/72_reports.ipynb #cf2f4a12
 import json
 import math
 import os
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -410,7 +411,8 @@ def bh_routing_report(plan: Plan,
     table.to_csv(plan.folder / "bh_routing_results.csv", index=False, lineterminator="\n", float_format="%.6g")
     table.to_json(plan.folder / "bh_routing_results.json", orient="records", indent=2)
     published = find_root() / "figures" if options.get("publish") and not plan.overrides else None
-    if published: _exemplar(plan.folder / next(r.run for r in runs.itertuples() if r.router == "bh"), plan.folder / "exemplar.ipynb")
+    executed = plan.folder / next((r.run for r in runs.itertuples() if r.router == "bh"), "none")
+    if published and (executed / "run.ipynb").is_file(): _exemplar(executed, plan.folder / "exemplar.ipynb")     # of all executed notebooks only this one is kept in the repository
     equal, noise = compare_at_equal_k(runs), noise_distance(runs)
     draw_panels(table, plan.folder, plan.folder.name.replace("--", "_").replace("-", "_").replace(".", "_"), published, equal)
     lm = next((d for d in ("wikitext", "prompts") if d in set(runs.dataset)), None)
@@ -451,14 +453,22 @@ REPORTS = {"bh_routing_report": bh_routing_report,       # name -> function(plan
            "prediction_report": "moe_routing.prediction_report:prediction_report"}
 
 def build_report(plan: Plan) -> Path:
-    "Build the report that a study names."
+    "Build the report that a study names, and beside it the ledger of its numbers."
     if not plan.study.report: raise ValueError(f"study {plan.study.name} names no report: add `report:` to its YAML, one of {', '.join(REPORTS)}")
     report = REPORTS[known(plan.study.report, REPORTS, "report")]
     if isinstance(report, str):
-        from importlib import import_module
         module, _, name = report.partition(":")
         report = getattr(import_module(module), name)
-    return report(plan)
+    return import_module("moe_routing.published").build(report, plan)
+
+# %% ../nbs/72_reports.ipynb #c3aa0be1
+def benchmarks_text(table: pd.DataFrame,           # of figures/benchmarks.csv
+                    device: str) -> str:
+    "The table of benchmarks for readers."
+    shown = table.assign(ratio=table.ratio.fillna(table.value) if "value" in table else table.ratio).rename(columns={"ratio": "figure"})
+    shown = shown.drop(columns=[c for c in ("ours_ms", "peer_ms", "pairs", "value") if c in shown]).astype(object).where(lambda t: t.notna(), "")
+    return (f"# Benchmarks\n\nMeasured in turns inside one process each, on: {device}. Medians with 95 % intervals; `met` says whether the target was reached.\n\n"
+            + shown.to_markdown(index=False, floatfmt=".3f") + "\n")
 
 # %% ../nbs/72_reports.ipynb #c657aed5
 def run_benchmarks(names: list[str] | None = None,  # of templates bench_<name>; default: all
@@ -483,8 +493,6 @@ def run_benchmarks(names: list[str] | None = None,  # of templates bench_<name>;
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     table.to_csv(file, index=False, float_format="%.4g", lineterminator="\n")
     path = root / "figures" / "benchmarks.md"
-    shown = table.assign(ratio=table.ratio.fillna(table.value) if "value" in table else table.ratio).rename(columns={"ratio": "figure"})
-    shown = shown.drop(columns=[c for c in ("ours_ms", "peer_ms", "pairs", "value") if c in shown]).astype(object).where(lambda t: t.notna(), "")
-    write_atomic(path, f"# Benchmarks\n\nMeasured in turns inside one process each, on: {device}. Medians with 95 % intervals; `met` says whether the target was reached.\n\n"
-                 + shown.to_markdown(index=False, floatfmt=".3f") + "\n")
+    write_atomic(path, benchmarks_text(pd.read_csv(file), device))
+    import_module("moe_routing.published").record_benchmarks(root, list(names or there), device)
     return path
