@@ -7,7 +7,7 @@ VENV := .venv/bin
 FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
 
-.PHONY: venv help run week test lab figures bench status confirm check check-data notebooks readme clean
+.PHONY: venv help run week claims paper test lab figures bench status confirm check check-data notebooks readme clean
 
 help:
 	@echo "make run          the main study ($(STUDY)); STUDY=smoke for a small one; MODEL=allenai/OLMoE-1B-7B-0924 for another model; FRESH=1 redoes stale runs"
@@ -45,6 +45,9 @@ status: venv
 
 figures: venv
 	@$(VENV)/python -m moe_routing report $(if $(filter-out file,$(origin STUDY)),$(STUDY) $(OVERRIDES))
+
+claims: venv
+	@$(VENV)/python -m moe_routing claims
 
 lab: venv
 	@$(VENV)/jupyter lab nbs

@@ -44,6 +44,7 @@ def main() -> int:
     confirm.add_argument("study")
     confirm.add_argument("--share", type=float, default=.1, help="of the stale runs to repeat; one of each group and router at least (default .1)")
     confirm.add_argument("--cores", type=int, default=1)
+    verbs.add_parser("claims", help="judge every claim of the seeds by the finished runs: papermill_runs/claims")
     verbs.add_parser("status", help="runs finished, failed, stale and running, by study")
     args, more = parser.parse_known_args()
     if hasattr(args, "overrides"):                 # argparse gives up on key=value behind an option
@@ -74,6 +75,10 @@ def main() -> int:
         elif args.verb == "readme":
             from moe_routing._readme import write_readme
             print(write_readme(runs.find_root()))
+        elif args.verb == "claims":
+            from moe_routing.claims import write_claims
+            from moe_routing.settings import load_settings
+            print(*write_claims(load_settings().results_dir))
         elif args.verb == "bench":
             from moe_routing.reports import run_benchmarks
             print(run_benchmarks(args.names))
