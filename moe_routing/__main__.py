@@ -45,6 +45,9 @@ def main() -> int:
     confirm.add_argument("--share", type=float, default=.1, help="of the stale runs to repeat; one of each group and router at least (default .1)")
     confirm.add_argument("--cores", type=int, default=1)
     verbs.add_parser("claims", help="judge every claim of the seeds by the finished runs: papermill_runs/claims")
+    paper = verbs.add_parser("paper", help="write report, LaTeX paper and slides: papermill_runs/report")
+    paper.add_argument("--style", default="article", help="article, icml2026 or neurips_2026; a style file is taken where it lies in papermill_runs/report")
+    paper.add_argument("--stale", action="store_true", help="also use runs that were made by other code (for a draft)")
     verbs.add_parser("status", help="runs finished, failed, stale and running, by study")
     args, more = parser.parse_known_args()
     if hasattr(args, "overrides"):                 # argparse gives up on key=value behind an option
@@ -79,6 +82,10 @@ def main() -> int:
             from moe_routing.claims import write_claims
             from moe_routing.settings import load_settings
             print(*write_claims(load_settings().results_dir))
+        elif args.verb == "paper":
+            from moe_routing.paper import fetch_reveal, write_paper
+            print("report:", made := write_paper(stale=args.stale, style=args.style))
+            if not fetch_reveal(made.parent): print("slides.html shows its slides one below the other: reveal.js could not be fetched with npm")
         elif args.verb == "bench":
             from moe_routing.reports import run_benchmarks
             print(run_benchmarks(args.names))

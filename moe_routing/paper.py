@@ -573,7 +573,7 @@ def _loop(report: Report, inputs: Inputs, figures: Path) -> bool:
     report.table(shown, "Sureness, balance and loss of each router.", lambda row: points.ids[row.name])
     return True
 
-# %% ../nbs/81_paper.ipynb #cbdf0de4
+# %% ../nbs/81_paper.ipynb #cae2032a
 def compose(root: Path, stale: bool = False) -> tuple[Report, list[list[str]]]:      # of the repository; use runs of other code? -> report, slides
     "Write the report from the runs."
     root, report = Path(root), Report(Ledger("moe_routing.paper:write_paper"))
@@ -662,6 +662,7 @@ def write_paper(root: Path | None = None,          # of the repository
     for b in report.blocks:
         if b.kind == "code" or b.kind == "figure": _plain(report.ledger, str(b.content))
     for name, text in texts.items(): write_atomic(folder / name, text)
+    report.ledger.entries = list({e.text: e for e in reversed(report.ledger.entries)}.values())[::-1]      # the first of equal texts is the one that `save` would take
     behind = [f for f in (root / "figures").glob("paper-*.csv") if f.stem != "paper-loop" or any("paper-loop" in str(b.content) for b in report.blocks)]
     report.ledger.save([folder / n for n in texts if not n.endswith(".bib")] + sorted(behind), folder / "report.numbers.json", root / "papermill_runs")
     return folder / "report.md"
