@@ -7,12 +7,13 @@ VENV := .venv/bin
 FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
 
-.PHONY: venv help run week test lab figures bench status confirm check check-data notebooks readme clean claims book
+.PHONY: venv help run week test lab figures bench status confirm check check-data notebooks readme clean claims book paper
 
 help:
 	@echo "make run          the main study ($(STUDY)); STUDY=smoke for a small one; MODEL=allenai/OLMoE-1B-7B-0924 for another model; FRESH=1 redoes stale runs"
 	@echo "make week         the seven-day plan; MODEL=<folder or hub id>, FLAGS=\"--only day3_4\" and the seed's other flags"
 	@echo "make test         everything CI checks: notebooks, package in sync, README, pytest"
+	@echo "make paper        report, LaTeX paper and slides from the finished runs; STYLE=icml2026 or neurips_2026"
 	@echo "make status       runs finished, failed, stale and running, by study"
 	@echo "make confirm      repeat a sample of STUDY's stale runs; where every bit agrees, its results count again"
 	@echo "make check-data   a small study on real WikiText-2, LAMBADA, HellaSwag and ARC-Challenge from data_dir of settings.ini"
@@ -49,6 +50,9 @@ figures: venv
 
 claims: venv
 	@$(VENV)/python -m moe_routing claims
+
+paper: venv
+	@$(VENV)/python -m moe_routing paper $(if $(STYLE),--style $(STYLE))
 
 lab: venv
 	@$(VENV)/jupyter lab nbs

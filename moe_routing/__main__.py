@@ -46,6 +46,9 @@ def main() -> int:
     confirm.add_argument("--cores", type=int, default=1)
     verbs.add_parser("claims", help="judge every claim of the seeds by the finished runs: papermill_runs/claims")
     verbs.add_parser("book", help="build the book as pages in _book")
+    paper = verbs.add_parser("paper", help="write report, LaTeX paper and slides: papermill_runs/report")
+    paper.add_argument("--style", default="article", help="article, icml2026 or neurips_2026; a style file is taken where it lies in papermill_runs/report")
+    paper.add_argument("--stale", action="store_true", help="also use runs that were made by other code (for a draft)")
     verbs.add_parser("status", help="runs finished, failed, stale and running, by study")
     args, more = parser.parse_known_args()
     if hasattr(args, "overrides"):                 # argparse gives up on key=value behind an option
@@ -83,6 +86,10 @@ def main() -> int:
         elif args.verb == "book":
             from moe_routing.book import build_book
             print("book:", build_book())
+        elif args.verb == "paper":
+            from moe_routing.paper import fetch_reveal, write_paper
+            print("report:", made := write_paper(stale=args.stale, style=args.style))
+            if not fetch_reveal(made.parent): print("slides.html shows its slides one below the other: reveal.js could not be fetched with npm")
         elif args.verb == "bench":
             from moe_routing.benchmarks import run_benchmarks
             print(run_benchmarks(args.names))
