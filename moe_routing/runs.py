@@ -11,6 +11,7 @@ __all__ = ['STEERING', 'template_path', 'template_parameters', 'resolve_paramete
 # %% ../nbs/70_runs.ipynb #c8399db2
 import ast
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -449,20 +450,35 @@ def plan_study(name: str,                          # a file papermill_runs/studi
         if several: _all_used(study, overrides, root)
         resolved = [resolve_parameters(template_path(study.template_of(p["group"]), root), {k: v for k, v in p.items() if k != "group"}) for p in points]
         names = _named(study, points, _run_names(points, [run_id(study.template_of(p["group"]), r, machine) for p, r in zip(points, resolved)]))
-        picked = _picked(list(study.groups), order)
+        picked, results = _picked(list(study.groups), order), settings.results_dir / f"{study.name}{_suffix(overrides)}"
+        names = [_adopted(name, study.template_of(p["group"]), r, machine, results, root) for name, p, r in zip(names, points, resolved)]
     except ValueError as e: raise ValueError(f"{file}: {e}") from None
     if len(set(names)) < len(names): raise ValueError(f"{file}: with {overrides} two runs become the same one: {max(names, key=names.count)}")
     prepare = None
     if study.prepare:
         wanted = template_parameters(template_path(study.prepare, root))
         prepare = {k: v for k, v in {**study.base, **overrides}.items() if k in wanted}
-    suffix = "".join(f"--{'' if v else 'no_'}{k}" if isinstance(v, bool) else f"--{_slug(v) or k}" for k, v in overrides.items())
-    if len(suffix) > 80: suffix = f"--{_slug(overrides.get('model', ''))}-{hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]}"
     runs = {n: p for n, p in zip(names, points) if p["group"] in picked}
     before = {n: [m for m, q in runs.items() if q["group"] in study.groups[p["group"]].get("after", [])] for n, p in runs.items()}
-    return Plan(study, settings.results_dir / f"{study.name}{suffix}", runs, prepare, overrides, {} if order.get("continue_on_error") else {n: b for n, b in before.items() if b})
+    return Plan(study, results, runs, prepare, overrides, {} if order.get("continue_on_error") else {n: b for n, b in before.items() if b})
 
 # %% ../nbs/70_runs.ipynb #cae2035f
+def _suffix(overrides: dict) -> str:
+    "What the overrides add to the name of a study's folder."
+    suffix = "".join(f"--{'' if v else 'no_'}{k}" if isinstance(v, bool) else f"--{_slug(v) or k}" for k, v in overrides.items())
+    return suffix if len(suffix) <= 80 else f"--{_slug(overrides.get('model', ''))}-{hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]}"
+
+def _adopted(name: str, template: str, resolved: dict, machine: dict, results: Path, root: Path) -> str:
+    "The folder of a run; one that was recorded before its template got further parameters keeps its name, if they have their defaults here."
+    if (results / name).exists() or not results.is_dir(): return name
+    defaults = template_parameters(template_path(template, root))
+    for file in sorted(results.glob(f"{glob.escape(name[:-6])}*/run.json")):
+        record = _read(file) or {}
+        if record.get("template") != template or record.get("settings") != machine: continue
+        known_then = record["parameters"]
+        if all(resolved.get(k, file) == v for k, v in known_then.items()) and all(resolved[k] == defaults[k] for k in defaults if k not in known_then and k != "out"): return file.parent.name
+    return name
+
 def _all_used(study: Study, overrides: dict, root: Path) -> None:
     "ValueError for a shared parameter or an override that no template of the study knows."
     wanted = {k for g in study.groups for k in template_parameters(template_path(study.template_of(g), root))}
@@ -624,7 +640,7 @@ def execute(plan: Plan,
     return record
 
 # %% ../nbs/70_runs.ipynb #cda664de
-_TIMED = re.compile(r"seconds|_ms($|_)|_ms_|latency|per_s|tflops|GiBps|_mb$|peak_|speed|_time$|^started$|p\d\d_|avg_ms|overhead")
+_TIMED = re.compile(r"seconds|_ms($|_)|_ms_|latency|per_s|tflops|GiBps|_mb$|peak_|grown_|speed|_time$|^started$|p\d\d_|avg_ms|overhead")
 
 def _differing(old, new, path: str = "") -> tuple[int, list[str]]:      # values from JSON
     "How many values were compared, and the places where the new ones differ; what only the new ones have does not count."

@@ -304,3 +304,21 @@ def test_a_field_counts_where_it_is_named():
     assert after("second: int = 1", "second: int = 2")
     reads = template + "\nfrom moe_routing.other import read\nread(Settings())"
     assert after("    b: int = 2\n", "    b: int = 2\n    c: int = 3\n", reads) and not after("    b: int = 2\n", "    b: int = 7\n", reads) and after("b: int = 2", "b: int = 7", reads + "\nSettings(b=1)")
+
+
+def test_a_run_keeps_its_folder_when_its_template_gets_a_parameter(lab):
+    "With the new parameter at its default it is the same run, and at another value, or where another one has changed, it is not."
+    plan = runs.plan_study("demo", root=lab)
+    name = next(n for n in plan.runs if n.startswith("0.2"))
+    runs.run_template("demo", {k: v for k, v in plan.runs[name].items() if k != "group"}, plan.folder / name, "demo", "all", lab)
+    template = lab / "nbs" / "runs" / "demo.ipynb"
+    nb = nbformat.read(template, 4)
+    nb.cells[0].source = 'alpha = 0.3\nseconds = 0.0\nbeta = 1\nseed = 0\nout = ""'
+    nbformat.write(nb, template)
+    names = lambda: list(runs.plan_study("demo", root=lab).runs)
+    assert name in names() and [n for n in names() if n.startswith("0.1")] != [n for n in plan.runs if n.startswith("0.1")]
+    file = lab / "papermill_runs" / "studies" / "demo.yaml"
+    text = file.read_text()
+    for changed in (text.replace("seconds: 0", "seconds: 0, beta: 2"), text.replace("seconds: 0", "seconds: 0.5")):
+        file.write_text(changed)
+        assert name not in names()
