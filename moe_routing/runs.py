@@ -597,7 +597,7 @@ def execute(plan: Plan,
     return record
 
 # %% ../nbs/70_runs.ipynb #cda664de
-_TIMED = re.compile(r"seconds|_ms($|_)|_ms_|latency|per_s|tflops|GiBps|_mb$|peak_|speed|_time$|^started$|p\d\d_|avg_ms|overhead")
+_TIMED = re.compile(r"seconds|_ms($|_)|_ms_|latency|per_s|tflops|GiBps|_mb$|peak_|grown_|speed|_time$|^started$|p\d\d_|avg_ms|overhead")
 
 def _differing(old, new, path: str = "") -> tuple[int, list[str]]:      # values from JSON
     "How many values were compared, and the places where the new ones differ; what only the new ones have does not count."
