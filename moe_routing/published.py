@@ -421,7 +421,7 @@ def _mirror(source: Path, target: Path) -> None:
         if f.is_file() and f.suffix in TEXT: (target / f.name).write_bytes(f.read_bytes())
         elif f.is_dir() and source.name == "papermill_runs" and f.name not in ("studies", "profiles"): _mirror(f, target / f.name)
         elif f.is_dir() and source.parent.name == "papermill_runs" and (any(f.glob("*.tex")) or not (f / "run.json").is_file()): _mirror(f, target / f.name)
-        elif f.suffix != ".png": (target / f.name).symlink_to(f)
+        elif f.suffix != ".png" or (source / "run.json").is_file(): (target / f.name).symlink_to(f)     # a run is whole with the figures it lists
 
 @contextmanager
 def shadow(root: Path) -> Iterator[Path]:
@@ -659,7 +659,7 @@ def check_front(root: Path, checked: Iterable[Path],       # files that have a l
         mine = readme(Path(folder) / "index.ipynb")
     problems = [f"README.md:{line}: {what}; `make notebooks` quotes the reports anew" for line, what in _differs(there, new, False)][:10]
     known_files = {Path(f).resolve() for f in checked}
-    problems += [f"README.md quotes {os.path.relpath(p, root)}, which has no ledger" for p in sorted(read) if p.is_relative_to(root) and p not in known_files and p.suffix != ".ipynb"]
+    problems += [f"README.md quotes {os.path.relpath(p, root)}, which has no ledger" for p in sorted(read) if any(p.is_relative_to(root / d) for d in ("papermill_runs", "figures")) and p not in known_files and p.suffix != ".ipynb"]
     words, text = declared(root / "nbs" / "declared_numbers.csv"), prose(mine)
     lines = there.split("\n")
     for f in of_runs(text, words):
@@ -671,9 +671,9 @@ def check_front(root: Path, checked: Iterable[Path],       # files that have a l
 # %% ../nbs/80_published.ipynb #caf813d7
 def _row_runs(text: str, study: str) -> Callable[[str], tuple[str, ...]]:       # of a table; folder of the week
     "The runs behind a line of a table: those of its row, else of the whole table."
-    named, ids = {}, lambda s: re.findall(r"([\w.-]+)/run\.json", s)
+    named, ids = {}, lambda s: [f"{of or study}/{run}" for of, run in re.findall(r"(?:([\w.-]+)/)?([\w.-]+)/run\.json", s)]      # a day, or a run of another study
     for line in text.split("\n"):
-        if line.startswith("% ") and line.count(" | ") >= 3: named.setdefault(line[2:].split(" | ")[0], []).extend(f"{study}/{r}" for r in ids(line))
+        if line.startswith("% ") and line.count(" | ") >= 3: named.setdefault(line[2:].split(" | ")[0], []).extend(ids(line))
     everything = tuple(dict.fromkeys(r for rs in named.values() for r in rs))
     plain = lambda s: re.sub(r"[^a-z0-9]", "", s.lower())
     titles = {plain(t): tuple(dict.fromkeys(rs)) for t, rs in named.items() if rs}

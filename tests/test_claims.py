@@ -1,5 +1,6 @@
 """The verdicts on the seeds' claims: every closed form by independent arithmetic, every claim that reads runs on made-up runs for which it has to come out the other way, nothing typed, nothing missing is an error."""
 import json
+import re
 from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
@@ -82,7 +83,7 @@ CLOSED = [
 ]
 
 
-@pytest.mark.parametrize("claim, more, word", CLOSED, ids=lambda v: getattr(v, "__name__", None) or str(v)[:40])
+@pytest.mark.parametrize("claim, more, word", CLOSED, ids=lambda v: getattr(v, "__name__", None) or re.sub(r" at 0x[0-9a-f]+", "", str(v))[:40])
 def test_closed_forms_come_out_each_way(nothing, claim, more, word):
     found = claim(nothing, **more)
     assert found.verdict == word, (found.computed, found.why)
