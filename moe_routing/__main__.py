@@ -80,9 +80,8 @@ def main() -> int:
             from moe_routing._readme import write_readme
             print(write_readme(runs.find_root()))
         elif args.verb == "claims":
-            from moe_routing.claims import write_claims
-            from moe_routing.settings import load_settings
-            print(*write_claims(load_settings().results_dir))
+            from moe_routing.claims import publish_claims
+            print("claims:", publish_claims())
         elif args.verb == "book":
             from moe_routing.book import build_book
             print("book:", build_book())
