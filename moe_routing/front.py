@@ -116,7 +116,7 @@ def headline(root: Path | None = None) -> str:
 
 # %% ../nbs/83_front.ipynb #64c907b7
 _NAMED = {"papermill_runs/claims/claims.md": "verdicts on every claim of the five documents", "figures/benchmarks.md": "speed and quality targets, measured",
-          "papermill_runs/report/report.md": "the paper", "LOG.md": "what was tried and did not work"}
+          "papermill_runs/report/report.md": "all of it as one report, beside it a LaTeX paper and slides", "LOG.md": "what was tried and did not work"}
 
 def book_map(root: Path | None = None, up: str = "../") -> str:
     "The parts of the book as a Markdown table; reports have a table of their own."

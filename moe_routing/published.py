@@ -352,8 +352,8 @@ def origins(text: str, records: list[Record], csv: bool = False,
 # %% ../nbs/80_published.ipynb #ca0e34d8
 _EVENTS: ContextVar[list | None] = ContextVar("events", default=None)
 
-def _hear(event: str, args: tuple) -> None:
-    if event not in ("open", "os.rename") or (events := _EVENTS.get()) is None: return
+def _hear(event: str, args: tuple, heard: ContextVar = _EVENTS) -> None:      # bound here: a hook outlives the names of its module
+    if event not in ("open", "os.rename") or (events := heard.get()) is None: return
     absolute = lambda a: os.path.abspath(os.fsdecode(a)) if isinstance(a, (str, bytes, os.PathLike)) else a
     events.append((event, absolute(args[0]), *(args[1:] if event == "open" else map(absolute, args[1:2]))))
 

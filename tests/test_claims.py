@@ -537,6 +537,7 @@ def test_files_hold_every_claim_and_every_link_leads_somewhere(bh):
     md, csv = c.write_claims(e.results)
     text, table = md.read_text(), pd.read_csv(csv, dtype={"seed": str})
     found = c.all_claims(e.results)
+    assert c.read_claims(csv) == found
     assert list(table.columns) == ["seed", "key", "section", "sentence", "published", "definition", "computed", "verdict", "why", "evidence", "runs"] and table.key.tolist() == [x.key for x in found]
     rows = [line for line in text.splitlines() if line.startswith("| \"")]
     assert len(rows) == len(found) and all(line.count("|") - line.count("\\|") == 8 for line in rows)
@@ -547,6 +548,20 @@ def test_files_hold_every_claim_and_every_link_leads_somewhere(bh):
         assert place.is_relative_to(ROOT.resolve()) and (place.exists() or x.evidence.startswith("papermill_runs/")), link
     counts = c.count_table(found)
     assert int(counts["all"].iloc[-1]) == len(found) and list(counts.columns) == ["seed", *c.WORDS, "all"]
+
+
+def test_what_is_judged_by_data_elsewhere_stays_as_it_was_written(tmp_path, monkeypatch):
+    "On a machine without the data the committed verdict is kept; one that the machine can judge is judged."
+    results = tmp_path / "papermill_runs"
+    fresh = c.all_claims(results, settings=replace(load_settings(), data_dir=tmp_path / "none" / "public"))
+    away = [x for x in fresh if x.why.endswith(c.NOT_HERE)]
+    assert {x.key for x in away} == {"cf_law", "lambada_token", "distinct_usage"}
+    monkeypatch.setattr(c, "all_claims", lambda results: fresh)
+    c.write_claims(results, [replace(x, computed="17 of 17", verdict="reproduced", why="it was so") for x in fresh])
+    made = c.publish_claims(tmp_path)
+    kept = {x.key: x for x in c.read_claims(made.with_suffix(".csv"))}
+    assert all(kept[x.key].computed == "17 of 17" for x in away) and kept["days"].computed == "1 + 2 + 2 + 1 + 1 = 7"
+    assert made.with_suffix(".numbers.json").is_file()
 
 
 def test_bad_claims_are_refused():
