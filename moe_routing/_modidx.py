@@ -1421,6 +1421,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'moe_routing.published.Watched.written': ( 'published.html#watched.written',
                                                                                   'moe_routing/published.py'),
                                        'moe_routing.published._as_given': ('published.html#_as_given', 'moe_routing/published.py'),
+                                       'moe_routing.published._check_ledger': ('published.html#_check_ledger', 'moe_routing/published.py'),
                                        'moe_routing.published._differs': ('published.html#_differs', 'moe_routing/published.py'),
                                        'moe_routing.published._draw': ('published.html#_draw', 'moe_routing/published.py'),
                                        'moe_routing.published._entries': ('published.html#_entries', 'moe_routing/published.py'),

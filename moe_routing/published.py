@@ -390,9 +390,9 @@ TEXT = (".md", ".csv", ".json", ".jsonl", ".tex", ".txt", ".html")
 
 @contextmanager
 def code_looked_up_once() -> Iterator[None]:
-    "Keep code hashes and what a module's text was cut into, for as long as nothing can change them: a report reads several studies, and templates share their modules."
+    "Keep code hashes for as long as nothing can change them: a report reads several studies."
     from moe_routing import runs
-    with mock.patch.multiple(runs, code_hash=cache(runs.code_hash), code_at=cache(runs.code_at), _Source=cache(runs._Source)): yield
+    with mock.patch.multiple(runs, code_hash=cache(runs.code_hash), code_at=cache(runs.code_at)): yield
 
 def _runs_read(seen: Watched, plan: Plan) -> list[Record]:
     results, studies = plan.folder.resolve().parent, {}
@@ -533,6 +533,9 @@ def check_ledger(ledger: Path,                     # <name>.numbers.json
                  most: int = 10,                   # findings of one kind that are told for a file
                 ) -> list[str]:                    # findings; empty: all is well
     "Do the files of a ledger say what its runs recorded?"
+    with code_looked_up_once(): return _check_ledger(ledger, root, again, most)
+
+def _check_ledger(ledger: Path, root: Path | None, again: bool, most: int) -> list[str]:
     root = Path(root or find_root()).resolve()
     ledger, results = Path(ledger).resolve(), root / "papermill_runs"
     here = ledger.relative_to(root)

@@ -13,11 +13,13 @@ import ast
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 from base64 import b64encode
 from collections.abc import Iterable
@@ -138,6 +140,8 @@ class _Source:
         return ("\n".join(l for i, l in enumerate(self.lines[start - 1:node.end_lineno], start) if i not in left_out), {n.id for n in inside if isinstance(n, ast.Name)},
                 dict(i for n in inside if isinstance(n, ast.ImportFrom | ast.Import) for i in _imported(n).items()))
 
+_cut = cache(_Source)      # of one text always the same, and the same for most commits
+
 def _is_dataclass(node: ast.stmt) -> bool:
     "A class whose fields are read by name; a NamedTuple can be unpacked without one, so it is taken whole."
     return isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list)
@@ -156,7 +160,7 @@ def _reached(template: str, files: dict[str, str]) -> list[tuple[str, str]]:
     sources, pieces, todo, waiting, words = {}, set(), [], [], set()        # waiting: fields of dataclasses that no code reached so far names
     def enter(file):
         if file in sources: return
-        sources[file] = _Source(files[file])
+        sources[file] = _cut(files[file])
         for part in sources[file].on_import: take(file, part)
         for module, name in sources[file].imports.values():                  # importing runs it, even where no name of it is used
             if found := _module_file(files, module): enter(found)
@@ -174,7 +178,7 @@ def _reached(template: str, files: dict[str, str]) -> list[tuple[str, str]]:
         if file is None: return
         enter(file)
         todo.extend((file, n) for n in ([name] if name and _module_file(files, module) else sources[file].definitions))
-    sources[""] = _Source(template)
+    sources[""] = _cut(template)
     words.update(re.findall(r"\w+", template))
     for module, name in sources[""].imports.values(): follow(module, name)
     for part in [*sources[""].on_import, *(p for ps in sources[""].definitions.values() for p in ps)]:
@@ -211,11 +215,12 @@ def code_at(commit: str,                           # of this repository
             root: Path,                            # of the repository
            ) -> str | None:                        # None where git does not know the commit or the template
     "The code hash as it was at a commit: results of that commit stay valid as long as it is today's."
-    def show(*args): return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout
     try:
-        names = [n for n in show("ls-tree", "-r", "--name-only", commit, "moe_routing").split() if n.endswith(".py")]
-        return _hash(_cells(show("show", f"{commit}:{Path(template).resolve().relative_to(Path(root).resolve())}")), {n.removeprefix("moe_routing/"): show("show", f"{commit}:{n}") for n in names})
-    except (OSError, ValueError, SyntaxError, subprocess.CalledProcessError): return None
+        name = str(Path(template).resolve().relative_to(Path(root).resolve()))
+        packed = subprocess.run(["git", "-C", str(root), "archive", commit, "moe_routing", name], capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive: files = {m.name: archive.extractfile(m).read().decode() for m in archive if m.name == name or m.name.endswith(".py")}
+        return _hash(_cells(files.pop(name)), {n.removeprefix("moe_routing/"): text for n, text in files.items()})
+    except (OSError, ValueError, KeyError, SyntaxError, subprocess.CalledProcessError, tarfile.TarError): return None
 
 def _code_of(record: dict, template: Path, root: Path, today: str, seen: dict) -> str:
     "The code a record was made by; today's hash when nothing it reaches has changed since its commit. `seen` keeps what was looked up."
