@@ -692,7 +692,7 @@ def _row_runs(text: str, study: str) -> Callable[[str], tuple[str, ...]]:       
     return lambda line: titles.get(plain(re.sub(r"\\text\w+", "", line.split("&")[0])), everything) if "&" in line else everything
 
 def write_tables(root: Path) -> Path | None:       # the ledger; None without a finished week
-    "Write the tables of papermill_runs/seven_day/day6_final from the days' records, and their ledger."
+    "Write the tables of papermill_runs/seven_day/day6_final from the days' records, and the ledger of all that the day published. Its report and summary stay as the run wrote them: they also say what LaTeX that machine had."
     from moe_routing.week_report import read_week, write_week
     study = Path(root) / "papermill_runs" / "seven_day"
     home = study / "day6_final"
@@ -702,6 +702,11 @@ def write_tables(root: Path) -> Path | None:       # the ledger; None without a 
     with TemporaryDirectory() as folder:
         write_week(read_week(study, asked["need"], asked["mixed"], root), folder, asked["baselines"], asked["text"], record["run_id"])
         for f in sorted(Path(folder).glob("*.tex")): write_atomic(home / f.name, f.read_text())
+    everything = tuple(dict.fromkeys(f"{study.name}/{r}" for f in home.glob("*.tex") for r in re.findall(r"([\w.-]+)/run\.json", f.read_text()) if (study / r / "run.json").is_file()))
+    for f in (home / "final_report.txt", home / "final_summary.json"):
+        if not f.is_file(): continue
+        write_atomic(f, f.read_text())
+        found[f"{home.name}/{f.name}"] = _line_entries(f, words_of("moe_routing.published:write_tables"), lambda n: ((*everything, f"{study.name}/{home.name}"), "given"))
     for f in sorted(home.glob("*.tex")):
         lines, of = f.read_text().split("\n"), _row_runs(f.read_text(), study.name)
         found[f"{home.name}/{f.name}"] = _line_entries(f, words_of("moe_routing.published:write_tables"), lambda n: (of(lines[n.line - 1]), "given"))
@@ -715,7 +720,7 @@ def published_files(root: Path) -> list[Path]:
     "Every file that has to have a ledger."
     root = Path(root).resolve()
     studies = [f for f in (root / "papermill_runs").iterdir() if f.is_dir() and "--" not in f.name and f.name not in ("studies", "profiles", "single")]
-    found = [*root.glob("figures/*"), *(f for s in studies for f in s.glob("*")), *root.glob("papermill_runs/report/**/*"), *root.glob("papermill_runs/*/day6*/*.tex")]
+    found = [*root.glob("figures/*"), *(f for s in studies for f in s.glob("*")), *root.glob("papermill_runs/report/**/*"), *(f for s in (".tex", ".txt", "summary.json") for f in root.glob(f"papermill_runs/*/day6*/*{s}"))]
     return sorted({f for f in found if f.is_file() and f.suffix in TEXT and not f.name.endswith(".numbers.json") and f.name != "confirmed.json" and not f.name.endswith("_log.txt")})
 
 def ledgers(root: Path) -> list[Path]:

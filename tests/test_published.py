@@ -319,13 +319,18 @@ def test_the_tables_of_the_week(root):
     record = {"study": "seven_day", "group": "day6_final", "template": "day6_comparison_table", "run_id": "0123456789", "parameters": {"need": [], "mixed": False, "baselines": [], "text": "wikitext"},
               "code": code, "seed": None, "seconds": 1.0, "status": "finished", "error": None, "metrics": {}, "documents": {}, "notes": {}, "files": []}
     (home / "run.json").write_text(json.dumps(record))
+    (home / "final_report.txt").write_text("Key claims\n  [holds] mean 0.125\n"), (home / "final_summary.json").write_text('{"mean": 0.125}\n')
     made = published.write_tables(root)
+    assert {"day6_final/final_report.txt", "day6_final/final_summary.json"} < set(published.read_ledger(made)["files"])
     assert "day6_final/table1_comparison.tex" in published.read_ledger(made)["files"]
     assert published.check_ledger(made, root) == []
     file = home / "table1_comparison.tex"
     line, old, new = edit(file, r"& [^%\n]*?\d\.\d*(\d)")
     found = published.check_ledger(made, root)
     assert len(found) == 1 and f"table1_comparison.tex:{line}: {new} stands there" in found[0] and old in found[0]
+    for name in ("final_report.txt", "final_summary.json"): (home / name).write_text((home / name).read_text().replace("0.125", "0.126"))
+    found = published.check_ledger(made, root, again=False)
+    assert len(found) == 3 and any("final_report.txt:2: 0.126 stands there, the ledger has 0.125" in f for f in found) and any("final_summary.json" in f for f in found)
 
 
 # the committed tree

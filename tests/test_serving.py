@@ -267,7 +267,7 @@ def test_first_errors():
     assert "did you mean 'mixtral'" in (e := first_error(refuse(404, '{"error": {"message": "no such model"}}'), ValueError, model="mixtrl")) and "HTTP 404: no such model" in e
     assert "HTTP 422: Unexpected fields" in first_error(refuse(422, '{"detail": "Unexpected fields"}'), ValueError)
     assert "HTTP 500: plain words" in first_error(refuse(500, "plain  words"), RuntimeError)
-    assert "stopped answering" in first_error(lambda i, b: [(30., b"")], RuntimeError, timeout=1.)
+    assert "stopped answering" in first_error(lambda i, b: [(3., b"")], RuntimeError, timeout=1.)
     assert "no server answers" in (e := first_error(None, ConnectionError, url=f"http://127.0.0.1:{serving.free_port()}")) and "vllm serve" in e
     assert "http://host:port" in first_error(None, ValueError, url="localhost:8000")
     assert "3 positions" in first_error(lambda i, b: scripted_answer([.0, .0]), ValueError, positions=3)      # a prompt of 4 tokens by the server's count
