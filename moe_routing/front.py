@@ -28,47 +28,55 @@ _VALUE = r"-?[\d.]+ \[[^\]]+\]"          # estimate [low, high]
 
 def _bh(text, where):
     of, better, worse, low, high = quote(r"perplexity ratio, (\d+) BH.*?better in (\d+), worse in (\d+),.*?range ([\d.]+) to ([\d.]*\d)", text, where)
-    experts, ratio = quote(rf"Best trade-off, BH\*\*.*?with ([\d.]+) experts, ratio ({_VALUE})", text, where)
-    return f"With as many experts as fixed top-k better in {better}, worse in {worse} of {of} settings, perplexity ratio {low} to {high}; the cheapest setting within the tolerance uses {experts} experts, ratio {ratio} to the model's own"
+    best, = quote(r"Best trade-off, BH\*\* .*?: (.*)\.$", text, where)
+    cheapest = "no setting is within the tolerance" if best == "none of them" else "the cheapest setting within the tolerance uses {} experts, ratio {} to the model's own".format(*quote(rf"with ([\d.]+) experts, ratio ({_VALUE})", best, where))
+    return f"With as many experts as fixed top-k better in {better}, worse in {worse} of {of} settings, perplexity ratio {low} to {high}; {cheapest}"
 
 def _routers(text, where):
     answers = re.findall(r"^- \*\*((?:Matched active compute|Equal width), [^*]+)\*\*: lowest mean loss (\w+).*?Of \d+ pairs (\d+) differ, (\d+) are equivalent, (\d+) undecided", text, re.M)
     if not answers: quote(r"lowest mean loss (\w+)", text, where)
     table, first, differ, same, open_ = next((a for a in reversed(answers) if a[0].startswith("Matched")), answers[-1])
     loss, = quote(rf"^\| {first} +\| \d+ +\| ({_VALUE})", text[text.index(f"## {table}"):], where)
-    return f"{table}: lowest loss {first}, {loss}; pairs of routers: {differ} differ, {same} equivalent, {open_} undecided"
+    alike = re.findall(r"^- this study and routers: (?:(tau [^;]+); (.*)|the two tables share (\d+) routers.*)$", text, re.M)
+    order = "" if not alike or "ranking" not in text.split("\n")[0] else f"Against the order in `routers`: {alike[0][0]}, {alike[0][1].rstrip('.')}. " if alike[0][0] else f"Cannot be told: this table and that of `routers` share {alike[0][2]} routers. "
+    return f"{order}{table}: lowest loss {first}, {loss}; pairs of routers: {differ} differ, {same} equivalent, {open_} undecided"
 
-def _balance(text, where): return "Closest to the floor: " + quote(r"Closest to the floor: (.*?\])\.$", text, where)[0] + "; shown to meet both limits: " + quote(r"both shown: (\w+)", text, where)[0]
+def _balance(text, where): return "MaxVio above what random routing shows, the smallest: " + quote(r"Closest to the floor: (.*?\])\.$", text, where)[0] + "; shown to meet both limits: " + quote(r"both shown: (\w+)", text, where)[0]
 
 def _capacity(text, where):
     verdict, = quote(r'eliminates token dropping": (\w+)', text, where)
     low, high = quote(r"trained routing, factor 1.1: .*?([\d.]+) to ([\d.]+) % dropped", text, where)
     law, = quote(r"The drop law\*\*, trained routing at \d+ tokens: within ([\d.]+) percentage points", text, where)
-    return f"\"1.05 to 1.10 eliminates drops\" {verdict}: trained routers drop {low} to {high} % at 1.1; the drop law is within {law} points of what they drop"
+    return f"\"1.05 to 1.10 eliminates drops\" {verdict}: the gates of a trained, unbalanced model drop {low} to {high} % at 1.1; the drop law is within {law} points of that"
 
 def _spectra(text, where):
     if "## Hypotheses" in text:
         rows = re.findall(rf"^\| (H\d) \| .*?\| (\w+) +\| ({_VALUE})", text, re.M)
         count = Counter(verdict for _, verdict, _ in rows)
-        return ", ".join(f"{n} {verdict}" for verdict, n in count.most_common()) + f" of {len(rows)} hypotheses; H1 (better than Switch) {rows[0][1]}, least favourable comparison {rows[0][2]} (positive: for it)"
+        won, lost, least = quote(r"### H1\..*?comparisons: (\d+) shown for it, (\d+) shown against it.*?least favourable: (loss against \w+)", text.replace("\n", " "), where)
+        return ", ".join(f"{n} {verdict}" for verdict, n in count.most_common()) + f" of {len(rows)} hypotheses; H1 (better than Switch) {rows[0][1]}: {won} comparisons for it, {lost} against it, the least favourable {rows[0][2]} ({least}; above 0 would speak for SPECTRA)"
     if "## Two sizes" in text:
-        return "H6 {}: gain over Switch at the larger size {} % of its loss; {} seeds would decide".format(*quote(r"larger models: (\w+)", text, where), *quote(rf"^\| gain at the larger size +\| ({_VALUE})", text, where), *quote(r"as estimated: (\d+)", text, where))
+        change, seeds = quote(rf"^\| gain at the larger size minus gain at the smaller +\| ({_VALUE}) .*?\| (\d+) seeds", text, where)
+        return "H6 {}: gain over Switch at the larger size {} % of its loss, {} points more than at the smaller; {} seeds would decide the change".format(*quote(r"larger models: (\w+)", text, where), *quote(rf"^\| gain at the larger size +\| ({_VALUE})", text, where), change, seeds)
     if "## Long text" in text:
         rows = re.findall(rf"^\| spectra +\| (\d+) +\| \d+ +\| ({_VALUE}) \(random ([\d.]+)\).*?\| +\d+ +\| ([\d.]+)", text, re.M)
         (few, short, _, _), (many, long, chance, memory) = rows[0], rows[-1]
         return f"Consistency {short} at {few} tokens, {long} at {many} (chance {chance}); memory there {memory} of that at 8k"
     reached, cv = quote(rf"the lowest: (\w+)\*\*.*?demand CV [\d.]+, ([\d.]+(?: \[[^\]]+\])?) above", text, where)
-    return f"{reached.capitalize()}: demand CV {cv} above its floor within 1 % of the lowest loss"
+    best, = quote(r"best within the cost, (`[^`]+`)", text, where)
+    default = re.findall(rf"^\| default +\|[^|]*\|[^|]*\|[^|]*\| ({_VALUE})[^|]*\|[^|]*\| ({_VALUE})", text, re.M)
+    return f"{reached.capitalize()}: load CV {cv} above its floor within 1 % of the lowest loss, by {best}" + (f"; the defaults are {default[0][0]} above it and cost {default[0][1]} % of loss" if default else "")
 
 def _prediction(text, where):
     said = [quote(rf"{horizon} ([\d.]+) % \(.*?gain ({_VALUE}) points", text, where) for horizon in ("before attention", "one token ahead")]
     control, = quote(r"recorded experts for ([\d.]+) %", text, where)
-    return f"Before attention {said[0][0]} % of the needed experts, {said[0][1]} points over the best free guess; one token ahead {said[1][0]} %, {said[1][1]}; the gate itself, as control, {control} %"
+    pays, saved = quote(r"one layer ahead (\w+) \((-?[\d.]+ %) of the time saved\)", text, where)
+    return f"Before attention {said[0][0]} % of the needed experts, {said[0][1]} points over the best free guess; one token ahead {said[1][0]} %, {said[1][1]}; the gate itself, as control, {control} %. Fetching by it one layer ahead {pays}: {saved} of the time, in a replay with an assumed link"
 
 ANSWERS = {"bh_routing_report": _bh, "routers_report": _routers, "balance_report": _balance, "capacity_report": _capacity, "spectra_report": _spectra, "prediction_report": _prediction}
 
 # %% ../nbs/83_front.ipynb #c5f9966a
-STUDIES = ("bh_sweep", "routers", "larger", "subword", "routers_tinystories", "balance", "capacity", "spectra", "spectra_scaling", "spectra_sweeps", "spectra_search", "spectra_long", "sft", "prediction", "seven_day")
+STUDIES = ("bh_sweep", "bh_sweep_as_seeded", "bh_first_grid", "routers", "larger", "subword", "routers_tinystories", "balance", "capacity", "spectra", "spectra_scaling", "spectra_sweeps", "spectra_search", "spectra_long", "sft", "prediction", "seven_day")
 
 def reports(root: Path) -> dict[str, Path]:
     "Study -> its report, where there is one."
@@ -106,13 +114,14 @@ def headline(root: Path | None = None) -> str:
     found = reports(root)
     text = {name: found[name].read_text() for name in ("bh_sweep", "routers", "prediction")}
     of, better, worse = quote(r"perplexity ratio, (\d+) BH.*?better in (\d+), worse in (\d+),", text["bh_sweep"], "bh_sweep")
+    open_, all_ = reversed(quote(r"accuracy difference, (\d+) BH.*?undecided in (\d+)", text["bh_sweep"], "bh_sweep"))
     low, high, threshold = quote(r"^- \*\*threshold\*\*.*?from ([\d.]+) to ([\d.]+); better in (\d+)", text["bh_sweep"], "bh_sweep")
+    tried = len(re.findall(r"^\| \w+_threshold_a\d+ +\| wikitext", text["bh_sweep"], re.M))
     lowest = re.findall(r"^- \*\*Matched active compute.*?lowest mean loss (\w+)", text["routers"], re.M)[-1]
-    share, = quote(r"one layer ahead ([\d.]+) %", text["prediction"], "prediction")
-    free, = quote(r"one layer ahead [\d.]+ % \(\w+; best guess that costs nothing ([\d.]+)", text["prediction"], "prediction")
-    return (f"On the small models that this book trains, choosing the number of experts by a statistical test is better than fixed top-k at the same cost in {better} and worse in {worse} of {of} settings, "
-            f"a plain probability threshold is better in {threshold} (perplexity ratio {low} to {high}), and of the routers trained alike `{lowest}` ({ROUTERS[lowest].group}: {ROUTERS[lowest].summary}) has the lowest loss. "
-            f"What a router will choose can be foreseen: one layer ahead {share} % of the experts, where the best guess that costs nothing knows {free} %.")
+    share, free, gain = quote(rf"one layer ahead ([\d.]+) % \(\w+; best guess that costs nothing ([\d.]+), \w+; gain ({_VALUE}) points", text["prediction"], "prediction")
+    return (f"On the one small model on which rules were exchanged after training, choosing the number of experts by a statistical test (Benjamini-Hochberg, BH) has a better perplexity than fixed top-k with as many experts in {better} and a worse one in {worse} of {of} settings (accuracies: undecided in {open_} of {all_}), a plain probability threshold a better one in {threshold} of {tried} (ratio {low} to {high}); "
+            f"of the routers trained alike on characters `{lowest}` ({ROUTERS[lowest].group}: {ROUTERS[lowest].summary}) has the lowest loss. "
+            f"What a router will choose can be foreseen: one layer ahead {share} % of the experts, {gain} points more than the {free} % of a table of token pairs.")
 
 # %% ../nbs/83_front.ipynb #64c907b7
 _NAMED = {"papermill_runs/claims/claims.md": "verdicts on every claim of the five documents", "figures/benchmarks.md": "speed and quality targets, measured",

@@ -28,7 +28,7 @@ import torch
 from jinja2 import Environment
 from torch import Tensor, nn
 
-from .claims import WORDS, Inputs, combinations, count_table, read_claims
+from .claims import MEANINGS, WORDS, Inputs, combinations, count_table, read_claims
 from .core import in_range, known
 from .figures import PALETTE, router_style, save_fig, use_style
 from .published import Ledger, code_looked_up_once, ledger_text, of_runs, read_ledger, run_names, words_of
@@ -392,7 +392,8 @@ TEMPLATE = r"""<% if style == "article" %>\documentclass[10pt]{article}
 \usepackage{booktabs}
 \usepackage{graphicx}
 \usepackage{url}
-\title{<< title >>}
+<% if style.startswith("icml") %>\icmltitlerunning{Routing in mixtures of experts}
+<% endif %>\title{<< title >>}
 <% if style == "article" %>\author{moe-routing}
 \date{}
 <% endif %>\begin{document}
@@ -410,27 +411,29 @@ def style_found(wanted: str, folder: str | Path) -> str:        # of STYLES; whe
     known(wanted, STYLES, "style")
     return wanted if (Path(folder) / f"{wanted}.sty").is_file() else "article"
 
-def _tex_table(frame: pd.DataFrame, caption: str) -> str:
+def _tex_table(frame: pd.DataFrame, caption: str, two_columns: bool) -> str:
     widths = [max(map(len, [str(c), *frame[c]])) for c in frame]
     share = .93 - .026 * len(widths)
     parts = [min(max(w, 10), 70) for w in widths]
     columns = "".join("l" if sum(widths) < 80 else rf">{{\raggedright\arraybackslash}}p{{{share * w / sum(parts):.3f}\textwidth}}" for w in parts)
     size = r"\footnotesize" if sum(widths) < 100 else r"\scriptsize"
+    table = "table*" if two_columns and sum(widths) > 42 else "table"      # over both columns of a page
     pages = [frame.iloc[i:i + 38] for i in range(0, len(frame), 38)] or [frame]
-    return "\n\n".join("\n".join([r"\begin{table}[htbp]", r"\centering", size, rf"\caption{{{_tex(caption)}{', continued' if n else ''}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _tex_row(part.columns), r"\midrule", *map(_tex_row, part.itertuples(index=False)), r"\bottomrule", r"\end{tabular}", r"\end{table}"]) for n, part in enumerate(pages))
+    return "\n\n".join("\n".join([rf"\begin{{{table}}}[htbp]", r"\centering", size, rf"\caption{{{_tex(caption)}{', continued' if n else ''}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _tex_row(part.columns), r"\midrule", *map(_tex_row, part.itertuples(index=False)), r"\bottomrule", r"\end{tabular}", rf"\end{{{table}}}"]) for n, part in enumerate(pages))
 
 def to_latex(report: Report, style: str = "article") -> str:    # of STYLES
     "The report as a paper."
     known(style, STYLES, "style")
     title, *rest = report.blocks
-    out = []
+    two_columns, out = style.startswith("icml"), []
+    figure = "figure*" if two_columns else "figure"
     for kind, content, note in rest:
         if kind == "head": out.append(("\\section{" if note == "2" else "\\subsection{") + _tex(content) + "}")
         elif kind == "text": out.append(_tex(content))
         elif kind == "list": out.append("\n".join([r"\begin{itemize}", *(rf"\item {_tex(t)}" for t in content), r"\end{itemize}"]))
-        elif kind == "code": out.append("\n".join([r"\begin{footnotesize}", r"\begin{verbatim}", content, r"\end{verbatim}", r"\end{footnotesize}"]))
-        elif kind == "figure": out.append("\n".join([r"\begin{figure}[htbp]", r"\centering", rf"\includegraphics[width=0.9\linewidth,height=0.45\textheight,keepaspectratio]{{{content}}}", rf"\caption{{{_tex(note)}}}", r"\end{figure}"]))
-        else: out.append(_tex_table(content, note))
+        elif kind == "code": out.append("\n".join([*([r"\begin{figure*}[htbp]"] if two_columns else []), r"\begin{scriptsize}", r"\begin{verbatim}", content, r"\end{verbatim}", r"\end{scriptsize}", *([r"\end{figure*}"] if two_columns else [])]))
+        elif kind == "figure": out.append("\n".join([rf"\begin{{{figure}}}[htbp]", r"\centering", rf"\includegraphics[width=0.9\linewidth,height=0.45\textheight,keepaspectratio]{{{content}}}", rf"\caption{{{_tex(note)}}}", rf"\end{{{figure}}}"]))
+        else: out.append(_tex_table(content, note, two_columns))
     return _whole(title.content, style, "\n\n".join(out))
 
 def _whole(title: str, style: str, body: str) -> str: return Environment(variable_start_string="<<", variable_end_string=">>", block_start_string="<%", block_end_string="%>").from_string(TEMPLATE).render(style=style, title=_tex(title), body=body)
@@ -440,7 +443,7 @@ def check_paper(text: str) -> list[str]:       # of paper.tex
     "What would break the paper's compilation; the commands that `check_latex` does not know are taken out first, with all braces kept."
     text = re.sub(r"(?s)\\begin\{verbatim\}.*?\\end\{verbatim\}", "", text)
     text = re.sub(r"\\(?:cite|bibliography|bibliographystyle)\{\w+\}|\\includegraphics\[[^\]]*\]\{[^{}]*\}|\\(?:maketitle|item)\b|\\twocolumn\[|(?<=\})\](?=\n)", "x", text)
-    return check_latex(re.sub(r"\\(?:sub)?section\{|\\(?:texttt|title|author|date|icmltitle)\{", r"\\textbf{", re.sub(r">\{\\raggedright\\arraybackslash\}p\{[\d.]+\\textwidth\}", "l", text).replace(r"\allowbreak{}", "")))
+    return check_latex(re.sub(r"\\(?:sub)?section\{|\\(?:texttt|title|author|date|icmltitle|icmltitlerunning)\{", r"\\textbf{", re.sub(r">\{\\raggedright\\arraybackslash\}p\{[\d.]+\\textwidth\}", "l", text).replace(r"\allowbreak{}", "")))
 
 def compile_paper(folder: str | Path, engine: str, seconds: float = 180) -> bytes:     # with paper.tex; of `latex_engine` -> the PDF
     "Compile the paper in a copy, with its references. RuntimeError with the engine's own words when it fails."
@@ -521,7 +524,7 @@ def read_pieces(file: str | Path,          # a report with a ledger beside it
 class Quote(NamedTuple):
     "What is taken from a study's report."
     kind: str                       # of Piece
-    heading: str                    # "" is the head
+    heading: str                    # "" is the head; with * at its end, all that begin so
     take: slice | str = slice(None) # which of them; of tables: the name of a column that the first one taken must have
     columns: dict = {}              # of a table: column -> title; {} takes all
     caption: str = ""
@@ -539,7 +542,8 @@ _ALIKE = Quote("item", "Do corpora and sizes rank alike?")
 STUDIES = {     # study -> its section
     "bh_sweep": Section("BH routing on a trained model", (Quote("text", "", slice(0, 1)), Quote("item", "Executive summary"), Quote("table", "Pareto front on wikitext", caption="Pareto front on the study's prose: no other configuration uses as few experts with as low a perplexity. The ratio is to the model's own routing, paired by document, with its 95 % interval.")),
         "bh_sweep-equal_k", "Perplexity against fixed top-k with as many experts, interpolated; bars are 95 % intervals over documents, paired. Below the line is better than fixed top-k."),
-    "bh_sweep_as_seeded": Section("BH routing in the seed's own grid", (Quote("item", "Executive summary"),)),
+    "bh_sweep_as_seeded": Section("BH routing in the seed's own grid", (Quote("text", "", slice(0, 1)), Quote("item", "Executive summary"))),
+    "bh_first_grid": Section("The seed's first grid", (Quote("text", "", slice(0, 1)), Quote("item", "Executive summary"))),
     "routers": Section("Routers trained alike", (Quote("text", "", slice(0, 2)), Quote("item", "Answers"), Quote("table", "Matched active compute, capacity factor 1.25", "rank", _RANKS, "Held-out loss at matched active compute and capacity factor 1.25: means with 95 % t intervals over seeds; differences to the best are paired by seed, and their intervals exclude zero exactly where the adjusted test calls the pair different.")),
         "routers-frontier", "Held-out perplexity against training speed; bars are 95 % t intervals over seeds. Grey: controls, which learn no choice. The dashed line is the frontier."),
     "balance": Section("Balance to the noise floor", (Quote("text", "", slice(3, 4)), Quote("item", "Answers"), Quote("table", "Matched active compute, no capacity limit", "router")),
@@ -550,10 +554,11 @@ STUDIES = {     # study -> its section
     "subword": Section("Pieces of words", (Quote("text", "", slice(0, 1)), Quote("item", "Answers"), _ALIKE)),
     "routers_tinystories": Section("Another corpus: TinyStories", (Quote("text", "", slice(0, 1)), Quote("item", "Answers"), _ALIKE)),
     "spectra": Section("SPECTRA and its ablations", (Quote("text", "", slice(0, 1)), Quote("table", "Hypotheses", "statement", {"": "", "statement": "hypothesis", "verdict": "verdict", "least favourable comparison (positive: for it)": "least favourable comparison", "seeds that would decide": "seeds that would decide"}, "The hypotheses of SPECTRA's paper; comparisons are positive where they speak for SPECTRA, paired by seed, with 95 % intervals."),
+        *(Quote("item", f"H{i}. *", slice(0, 2)) for i in range(1, 8)),
         Quote("table", "Equal arithmetic in the experts, the router's own on top", "variant", {"variant": "variant", "loss": "loss", "minus Full": "minus Full, paired", "p": "p, adjusted", "verdict": "verdict", "seeds": "seeds"}, "Loss of each variant minus that of Full SPECTRA at equal arithmetic in the experts."))),
     "spectra_sweeps": Section("SPECTRA: sweeps of its settings", (Quote("text", "The search for balance", slice(0, 1)),)),
     "spectra_search": Section("SPECTRA: search for balance", (Quote("text", "The search for balance", slice(0, 1)), Quote("table", "Search", "point", {"point": "settings", "loss": "loss", "above the floor": "load CV above its floor", "over the lowest loss, %": "over the lowest loss, %", "seeds": "seeds"}, "The search for balance: load CV above the noise floor and what it costs, 95 % t intervals over seeds."))),
-    "spectra_scaling": Section("SPECTRA: two sizes", (Quote("item", "H6. The benefits of SPECTRA are more pronounced in larger models: undecided", slice(0, 3)), Quote("table", "H6. The benefits of SPECTRA are more pronounced in larger models: undecided", "comparison", caption="Does the gain grow with the size? In percent of the loss, paired by seed."))),
+    "spectra_scaling": Section("SPECTRA: two sizes", (Quote("item", "H6. *", slice(0, 3)), Quote("table", "H6. *", "comparison", caption="Does the gain grow with the size? In percent of the loss, paired by seed."))),
     "spectra_long": Section("SPECTRA: long sequences", (Quote("text", "Long text", slice(1, 3)), Quote("table", "Full minus without GRU", "comparison", caption="Does the state through depth matter for long text? Differences above chance, paired by seed, adjusted over the table."))),
     "sft": Section("Upcycling and fine-tuning"),
     "prediction": Section("Predicting the next experts", (Quote("item", "", slice(0, 5)), Quote("table", "Gains over the best guess that costs nothing", "horizon", {"horizon": "horizon", "predictor": "predictor", "slots@k": "slot recall, %", "best free": "best free guess", "gain, points": "gain, points", "shown": "shown"}, "Gain over the best guess that costs nothing, paired by document, 95 % intervals, adjusted over the table.")),
@@ -565,7 +570,7 @@ def add_study(report: Report, inputs: Inputs, name: str) -> bool:      # study o
     report.head(part.title, 3)
     study, runs = load_study(find_root() / "papermill_runs" / "studies" / f"{name}.yaml"), inputs.runs(name)
     file = next(iter(sorted((inputs.results / name).glob("*_report.md"))), None)
-    report.say(f"Study `{name}`: {study.question}", source="moe_routing.settings:load_study")
+    report.say(f"Study `{name}`: {study.question}" + (f" All of it: `{file.relative_to(inputs.results.parent)}`." if file else ""), source="moe_routing.settings:load_study")
     if runs is None or part.quotes and file is None:
         report.say(f"Not run: the study `{name}` has no finished run of today's code and no report of it, so nothing is said here. `make run STUDY={name}` makes it.")
         return False
@@ -577,10 +582,10 @@ def add_study(report: Report, inputs: Inputs, name: str) -> bool:      # study o
     return True
 
 def _quote(report: Report, file: Path, pieces: list[Piece], q: Quote) -> None:
-    found = [p for p in pieces if (p.heading, p.kind) == (q.heading, q.kind)]
+    found = [p for p in pieces if p.kind == q.kind and (p.heading.startswith(q.heading[:-1]) if q.heading.endswith("*") else p.heading == q.heading)]
     found = [p for p in found if q.take in p.content][:1] if isinstance(q.take, str) else found[q.take]
     if not found: raise ValueError(f"{file.name} has no {q.kind} under {q.heading!r}: name one that is there in STUDIES of chapter 81")
-    if q.kind == "item": report.points([p.content for p in found], [p.runs for p in found], found[0].source)
+    if q.kind == "item": report.points([f"{p.heading[:2]}. {p.content}" if re.match(r"H\d\.", p.heading) else p.content for p in found], [p.runs for p in found], found[0].source)
     elif q.kind == "text": [report.say(p.content, p.runs, p.source) for p in found]
     else:
         for p in found: report.table((p.content[list(q.columns)].rename(columns=q.columns) if q.columns else p.content).rename(columns=lambda c: c or " "), q.caption or q.heading + ".", p.runs, p.source)
@@ -637,7 +642,7 @@ def _literature(report: Report, figures: Path) -> None:
     say, source = report.say, "moe_routing.paper:PAPERS"
     for p in PAPERS.values(): _remember(report.ledger, f"[@{p.key}]", (), source)
     report.head("Literature", 2)
-    say("Five papers carry this work. " + " ".join(f"[@{p.key}]: {p.core}." for p in PAPERS.values() if p.core))
+    say("Five papers carry this work: " + "; ".join(f"{p.core} [@{p.key}]" for p in PAPERS.values() if p.core) + ".")
     fig, behind = draw_timeline()
     _save(report, fig, "paper-timeline", behind, figures, (), "moe_routing.paper:draw_timeline")
     report.figure("../../figures/paper-timeline.png", "Steps of dynamic routing. Filled: a core paper. The month is that of the arXiv number.")
@@ -646,12 +651,12 @@ def _literature(report: Report, figures: Path) -> None:
     table = spectrum()
     fig, behind = draw_spectrum(table)
     _save(report, fig, "paper-spectrum", behind, figures, (), "moe_routing.paper:spectrum")
-    say("What a router's choice depends on was found by changing one thing at a time and looking whether the choice moves; nothing in the figure is typed.")
+    say("What a router's choice depends on was found by changing one thing at a time and checking whether the choice moves; every mark of the figure is computed.")
     report.figure("../../figures/paper-spectrum.png", "Every router of the zoo, from static (top left) to dynamic (bottom right): filled where the choice in training depends on it; the number counts the filled ones.")
     report.head("Chain-of-Experts", 3)
     experts, k, rounds = 64, 4, 2
     chain = f"With {experts} experts, {rounds} rounds of {k} leave {combinations(experts, k, rounds):.1f} times as many series of sets as there are sets of {rounds * k}; {comb(rounds * k, k)} of that is order alone, and {rounds} ordinary layers have as many."
-    say("An ordinary layer runs its chosen experts side by side. Chain-of-Experts [@coe] runs them in rounds: what the first round wrote decides the second choice. A running comparison at equal arithmetic stands in chapter 81 of the book.")
+    say("An ordinary layer runs its chosen experts side by side. Chain-of-Experts [@coe] runs them in rounds: what the first round wrote decides the second choice. A running comparison at equal arithmetic stands in chapter 81 of the book; on that toy the rounds were no better than one choice.")
     say(chain, source="moe_routing.claims:combinations")
     report.head("Balance without a loss", 3)
     say("Loss-free balancing [@lossfree] adds a bias to the scores that rank, never to those that weigh. After each step, with $c_i$ the load of expert $i$ and $u$ the rate: $b_i := b_i + u \\, sign(mean(c) - c_i)$. The gradient of the language model's loss is not touched.")
@@ -667,7 +672,7 @@ def _save(report: Report, fig, name: str, behind: pd.DataFrame, figures: Path, r
 
 def _loop(report: Report, inputs: Inputs, figures: Path) -> bool:
     report.head("Specialisation against balance", 2)
-    report.say("Farhat et al. [@farhat] show why gate and experts must learn together. The same feedback unbalances the load: a sure gate feeds few experts, which improve, and are fed more. Balancing breaks the loop, and may cost quality.")
+    report.say("Gate and experts must learn together [@farhat]. The same feedback unbalances the load: a sure gate feeds few experts, which improve, and are fed more. Balancing breaks the loop, and may cost quality.")
     runs = inputs.runs("routers")
     points = pd.DataFrame() if runs is None else loop_points(runs)
     if points.empty:
@@ -682,8 +687,8 @@ def _loop(report: Report, inputs: Inputs, figures: Path) -> bool:
     by = points.set_index("router")
     if {"softk", "quantile"} <= set(by.index):
         free, steered = by.loc["softk"], by.loc["quantile"]
-        report.say(f"What steers the load decides it, not how sure the gate is: at about the same gate entropy ({span(free, 'gate_entropy')} and {span(steered, 'gate_entropy')}) the load CV is {span(free, 'demand_cv')} for soft-k, which nothing balances, and {span(steered, 'demand_cv')} for quantile balancing.", (*free.ids, *steered.ids))
-    report.table(shown, "Sureness, balance and loss of each router at matched active compute: means with 95 % t intervals over seeds. A value without spread has none over the seeds.", list(points.ids))
+        report.say(f"Entropy alone does not fix the balance: at about the same gate entropy ({span(free, 'gate_entropy')} and {span(steered, 'gate_entropy')}) the load CV is {span(free, 'demand_cv')} for soft-k, which nothing balances, and {span(steered, 'demand_cv')} for quantile balancing.", (*free.ids, *steered.ids))
+    report.table(shown, "Gate entropy, balance and loss of each router at matched active compute: means with 95 % t intervals over seeds. Where an interval has no width, all seeds agree.", list(points.ids))
     return True
 
 # %% ../nbs/81_paper.ipynb #cae2032a
@@ -725,6 +730,7 @@ def _in_short(report: Report, inputs: Inputs) -> None:
     report.head("In short", 2)
     if not found: report.say("No study has a finished run of today's code yet."); return
     report.points([p.content for p in found], [p.runs for p in found], "moe_routing.paper:compose")
+    report.say("Data sets bear the names of the plans; where a study says that its data are embedded, the name is that of what stands in for it. Undecided means that nothing was shown, not that two things are equal.")
 
 def _week(report: Report, inputs: Inputs) -> None:
     report.head("The seven days", 3)
@@ -753,12 +759,13 @@ def _claims(report: Report, root: Path) -> str:
     counts = count_table(found)
     report.table(counts, "Verdicts on the claims of the five documents that began this work; chapter 78 computes each from a closed form, from published data or from runs.", ids, mine)
     text = _remember(report.ledger, ", ".join(f"{sum(c.verdict == w for c in found)} {w}" for w in WORDS), ids, mine)
-    report.say(f"Of {len(found)} claims: {text}.", ids, mine)
+    report.say(f"Of {len(found)} claims: {text}. {sum(bool(c.runs) for c in found)} are judged by runs, the others by a closed form, by shapes or by published data.", ids, mine)
+    report.points([f"**{w}**: {meaning}." for w, meaning in MEANINGS.items()])
     return text
 
 def _adapters(report: Report) -> None:
     report.head("Routed adapters and serving", 2)
-    report.say("PERFT [@perft] puts low-rank adapters beside the experts of a block. All four forms run in chapter 81 on a small OLMoE: untrained they change no bit of the output, and a few steps lower the loss. The numbers they train follow from their shapes.")
+    report.say("PERFT [@perft] puts low-rank adapters beside the experts of a block. All four forms run in chapter 81 on a small OLMoE: untrained they change no bit of the output, and a few steps lower the loss; the report's notebook runs them on the embedded model, paired by text. The numbers of trained parameters follow from their shapes.")
     example, mine = {"layers": 16, "hidden": 2048, "experts": 64, "rank": 16, "adapters": 8}, "moe_routing.paper:adapter_parameters"
     report.table(pd.DataFrame([{"form": f"PERFT-{v}", "adapters": words, "trained parameters": f"{adapter_parameters(v, **example):,}"} for v, words in VARIANTS.items()]),
                  f"What is trained at the shape of OLMoE-1B-7B: {example['layers']} layers, hidden size {example['hidden']}, {example['experts']} experts; rank {example['rank']}, {example['adapters']} adapters where there are several.", (), mine)
@@ -780,7 +787,7 @@ def _slides(report: Report, there: dict, verdicts: str) -> list[list[str]]:
             ["# Why routing matters", "- A mixture of experts computes a few experts a token: the router decides which.\n- An uneven load wastes capacity and drops tokens.\n- Published comparisons disagree, often for want of a control."],
             ["# Literature landscape", "![](../../figures/paper-timeline.png)"],
             ["# The bench: one seam, many rules", "![](../../figures/paper-spectrum.png)"],
-            ["# Capacity", *study("capacity", 1)], ["# Routers trained alike", *study("routers", 2)], ["# Specialisation against balance", *(_slide(b.content) for b in inside("Specialisation against balance") if b.kind == "text" and b.content.startswith("What steers")), *picture("Specialisation against balance")], ["# A larger model, another corpus", items(STUDIES["larger"].title), items(STUDIES["routers_tinystories"].title)],
+            ["# Capacity", *study("capacity", 1)], ["# Routers trained alike", *study("routers", 2)], ["# Specialisation against balance", *(_slide(b.content) for b in inside("Specialisation against balance") if b.kind == "text" and b.content.startswith("Entropy alone")), *picture("Specialisation against balance")], ["# A larger model, another corpus", items(STUDIES["larger"].title), items(STUDIES["routers_tinystories"].title)],
             ["# Key findings", items(STUDIES["bh_sweep"].title, 3), items(STUDIES["prediction"].title, 1), f"- Claims judged: {verdicts}"],
             ["# Routed adapters and serving", _slide(next(b for b in inside("Routed adapters and serving") if b.kind == "text").content), "\n".join(f"- PERFT-{v}: {w}" for v, w in VARIANTS.items())],
             ["# Limits and future work", items("Limits", 4), items("Future work", 4)],

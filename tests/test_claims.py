@@ -256,7 +256,7 @@ def test_claims_about_spectra_need_a_spectra(week):
     spectra = {n.replace(" ", "_") for n in c.ABOUT_SPECTRA}
     assert {other[n].verdict for n in spectra} == {"not testable here"} and "no SPECTRA" in other["load_balancing"].why
     assert {own[n].verdict for n in spectra} == {"reproduced"} and {bad[n].verdict for n in spectra} == {"refuted"}
-    assert other["expert_specialisation"].verdict == "reproduced" and bad["expert_specialisation"].verdict == bad["visible_specialisation"].verdict == "refuted"
+    assert {"expert_specialisation", "visible_specialisation"} < spectra
     assert all(own[n].runs for n in spectra - {"performance"}) and own["performance"].runs
 
 
