@@ -116,7 +116,7 @@ def headline(root: Path | None = None) -> str:
     of, better, worse = quote(r"perplexity ratio, (\d+) BH.*?better in (\d+), worse in (\d+),", text["bh_sweep"], "bh_sweep")
     open_, all_ = reversed(quote(r"accuracy difference, (\d+) BH.*?undecided in (\d+)", text["bh_sweep"], "bh_sweep"))
     low, high, threshold = quote(r"^- \*\*threshold\*\*.*?from ([\d.]+) to ([\d.]+); better in (\d+)", text["bh_sweep"], "bh_sweep")
-    tried = len(re.findall(r"^\| \w+_threshold_a\d+ +\| wikitext", text["bh_sweep"], re.M))
+    tried = len(set(re.findall(r"^\| (\w+_threshold_a\d+) +\| wikitext", text["bh_sweep"], re.M)))
     lowest = re.findall(r"^- \*\*Matched active compute.*?lowest mean loss (\w+)", text["routers"], re.M)[-1]
     share, free, gain = quote(rf"one layer ahead ([\d.]+) % \(\w+; best guess that costs nothing ([\d.]+), \w+; gain ({_VALUE}) points", text["prediction"], "prediction")
     return (f"On the one small model on which rules were exchanged after training, choosing the number of experts by a statistical test (Benjamini-Hochberg, BH) has a better perplexity than fixed top-k with as many experts in {better} and a worse one in {worse} of {of} settings (accuracies: undecided in {open_} of {all_}), a plain probability threshold a better one in {threshold} of {tried} (ratio {low} to {high}); "
