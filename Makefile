@@ -64,11 +64,11 @@ bench: venv
 	@$(VENV)/python -m moe_routing bench
 
 check: venv
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 tests
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist worksteal tests
 
 test: venv
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV):$$PATH" $(VENV)/nbdev-test --n-workers 2 --pause .2
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV):$$PATH" $(VENV)/python -m pytest -n 2 tests
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV):$$PATH" $(VENV)/python -m pytest -n 2 --dist worksteal tests
 
 notebooks: venv
 	@PATH="$(CURDIR)/$(VENV):$$PATH"; export HF_HUB_OFFLINE=1; nbdev-export && nbdev-test --n-workers 2 --save --skip-folder-re runs && nbdev-test nbs/runs && nbdev-clean && $(VENV)/python -m moe_routing readme

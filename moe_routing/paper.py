@@ -578,7 +578,7 @@ def add_study(report: Report, inputs: Inputs, name: str) -> bool:      # study o
     if not part.quotes: _fine_tuned(report, runs)
     pieces = read_pieces(file) if part.quotes else []
     for q in part.quotes: _quote(report, file, pieces, q)
-    if part.figure and (inputs.results.parent / "figures" / f"{part.figure}.png").is_file(): report.figure(f"../../figures/{part.figure}.png", part.caption)
+    if part.figure and (inputs.results.parent / "figures" / f"{part.figure}.csv").is_file(): report.figure(f"../../figures/{part.figure}.png", part.caption)
     return True
 
 def _quote(report: Report, file: Path, pieces: list[Piece], q: Quote) -> None:

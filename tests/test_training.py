@@ -71,24 +71,31 @@ def test_same_text_and_start_for_all_routers(text):
     for steps in (one, two): steps.patch.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("name", ["loss_free", "quantile", "topk_aux", "expert_threshold"])
-def test_two_processes_are_one(name, text, tmp_path):
-    "Loss and balancing state of two gloo processes are those of one with the whole batch."
-    arguments = [f"router={name}", "hidden=32", "heads=2", "layers=2", "intermediate=16", "num_experts=4", "length=32", "batch=4", "steps=6", "lr=5e-3", "windows=16",
+def test_two_processes_are_one(text, tmp_path):
+    "Loss and balancing state of two gloo processes are those of one with the whole batch. Both processes train all routers, one after the other."
+    names = ["loss_free", "quantile", "topk_aux", "expert_threshold"]
+    arguments = ["hidden=32", "heads=2", "layers=2", "intermediate=16", "num_experts=4", "length=32", "batch=4", "steps=6", "lr=5e-3", "windows=16",
                  "characters=60000", "eval_every=3", "save_every=3", "progress=False", "cpu=True"]
+    (tmp_path / "both.py").write_text(f"""import runpy, sys
+for name in {names}:
+    sys.argv = ["training", f"router={{name}}", f"out={tmp_path}/two/{{name}}", *{arguments}]
+    try: runpy.run_module("moe_routing.training", run_name="__main__", alter_sys=True)      # python -m moe_routing.training
+    except SystemExit as e: assert not e.code, e.code
+""")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # a port of the system's own choice: any fixed one may be taken by a notebook kernel of another worker
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "moe_routing.training"]
-    done = subprocess.run([*launch, *arguments, f"out={tmp_path / 'two'}"], env=environment, capture_output=True, text=True, timeout=300)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "both.py")]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    alone = run(replace(SMALL, router=name), text, tmp_path / "one")
-    log = [json.loads(line) for line in open(tmp_path / "two" / "train_log.jsonl")]
-    assert [r["world_size"] for r in log] == [2, 2] and [r["world_size"] for r in alone.log] == [1, 1]
-    for a, b in zip(log, alone.log):
-        assert abs(a["val_loss"] - b["val_loss"]) < 2e-3 and abs(a["train_loss"] - b["train_loss"]) < 2e-3 and abs(a["load_cv"] - b["load_cv"]) < .02
-    one, two = (load_file(tmp_path / n / "best" / "routers.safetensors") for n in ("one", "two"))
-    state = [k for k in one if not k.endswith("weight")]
-    assert all(torch.allclose(one[k].float(), two[k].float(), atol=2e-3) for k in state) and (name == "topk_aux" or state)
+    for name in names:
+        alone = run(replace(SMALL, router=name), text, tmp_path / "one" / name)
+        log = [json.loads(line) for line in open(tmp_path / "two" / name / "train_log.jsonl")]
+        assert [r["world_size"] for r in log] == [2, 2] and [r["world_size"] for r in alone.log] == [1, 1], name
+        for a, b in zip(log, alone.log):
+            assert abs(a["val_loss"] - b["val_loss"]) < 2e-3 and abs(a["train_loss"] - b["train_loss"]) < 2e-3 and abs(a["load_cv"] - b["load_cv"]) < .02, name
+        one, two = (load_file(tmp_path / n / name / "best" / "routers.safetensors") for n in ("one", "two"))
+        state = [k for k in one if not k.endswith("weight")]
+        assert all(torch.allclose(one[k].float(), two[k].float(), atol=2e-3) for k in state) and (name == "topk_aux" or state), name
 
 
 def test_nan_stops_with_the_last_good_checkpoint(text, tmp_path):
