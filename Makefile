@@ -22,13 +22,14 @@ help:
 	@echo "make bench        the speed and quality claims, measured    make notebooks  export, test and clean after an edit"
 	@echo "make clean        delete what can be made again: .venv, cache, _book"
 
+# What is imported gets compiled then; compiling all that is installed takes a third of the time.
 # Stale means other contents, not a newer date: nbdev writes pyproject.toml anew without changing it.
 venv:
 	@want=$$(cat pyproject.toml constraints.txt | cksum); [ "$$want" = "$$(cat .venv/ready 2>/dev/null)" ] || { \
 	  python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { echo "no Python 3.11 or newer was found: install one"; exit 1; }; \
 	  echo "setting up .venv (a few minutes the first time)"; \
 	  { [ -x $(VENV)/python ] || $$python -m venv .venv; } && \
-	  $(VENV)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]" && echo "$$want" > .venv/ready; }
+	  $(VENV)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]" && echo "$$want" > .venv/ready; }
 
 run: venv
 	@$(VENV)/python -m moe_routing run $(STUDY) $(OVERRIDES) $(if $(FRESH),--fresh)
