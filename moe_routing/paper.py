@@ -216,8 +216,9 @@ class Adapted(nn.Module):
         self.block, self.variant, self.k = block, variant, k
         n = {"S": 1, "E": block.gate.weight.shape[0]}.get(variant, adapters)
         in_range(k, 1, n if variant == "R" else float("inf"), "k")
-        self.down, self.up = nn.Parameter(torch.randn(n, hidden, rank) / hidden ** .5), nn.Parameter(torch.zeros(n, rank, hidden))
-        self.router = nn.Linear(hidden, n, bias=False) if variant == "R" else None
+        beside = block.gate.weight                # same device and dtype
+        self.down, self.up = nn.Parameter((torch.randn(n, hidden, rank) / hidden ** .5).to(beside)), nn.Parameter(torch.zeros(n, rank, hidden).to(beside))
+        self.router = nn.Linear(hidden, n, bias=False).to(beside) if variant == "R" else None
     def shares(self, x: Tensor) -> Tensor:       # (T, H) -> (T, n): weight of each adapter
         if self.variant in "DS": return x.new_full((len(x), len(self.down)), 1 / len(self.down))
         if self.variant == "E": _, weights, chosen = self.block.gate(x)
@@ -261,7 +262,7 @@ def adapter_gain(model: nn.Module, tokenizer, variant: str,
                  steps: int = 20, batch: int = 8, length: int = 96, rate: float = .02, seed: int = 0) -> pd.DataFrame:      # a row a held-out text: loss before and after, in nats a token
     "Fine-tune a variant's adapters on texts; the model is given back as it was."
     if not train or not held: raise ValueError(f"{len(train)} texts to train on and {len(held)} to measure: at least one of each is needed")
-    ids = [tokenizer(t, return_tensors="pt", truncation=True, max_length=length).input_ids for t in (*train, *held)]
+    ids = [tokenizer(t, return_tensors="pt", truncation=True, max_length=length).input_ids.to(next(model.parameters()).device) for t in (*train, *held)]
     short = [t for t, i in zip((*train, *held), ids) if i.shape[1] < 2]
     if short: raise ValueError(f"text {short[0]!r} has fewer than two tokens: nothing can be predicted in it")
     order = torch.Generator().manual_seed(seed)
@@ -535,7 +536,6 @@ class Section(NamedTuple):
     quotes: tuple = ()
     figure: str = ""
     caption: str = ""
-    short: str = ""                 # of its slide
 
 _RANKS = {"rank": "rank", "router": "router", "mean [95 %]": "loss", "to the best": "to the best, paired", "against the best": "verdict"}
 _ALIKE = Quote("item", "Do corpora and sizes rank alike?")
