@@ -868,6 +868,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'moe_routing.paper._md_row': ('paper.html#_md_row', 'moe_routing/paper.py'),
                                    'moe_routing.paper._quote': ('paper.html#_quote', 'moe_routing/paper.py'),
                                    'moe_routing.paper._remember': ('paper.html#_remember', 'moe_routing/paper.py'),
+                                   'moe_routing.paper._report_of': ('paper.html#_report_of', 'moe_routing/paper.py'),
                                    'moe_routing.paper._rolled': ('paper.html#_rolled', 'moe_routing/paper.py'),
                                    'moe_routing.paper._save': ('paper.html#_save', 'moe_routing/paper.py'),
                                    'moe_routing.paper._slide': ('paper.html#_slide', 'moe_routing/paper.py'),

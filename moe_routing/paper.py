@@ -564,12 +564,16 @@ STUDIES = {     # study -> its section
     "prediction": Section("Predicting the next experts", (Quote("item", "", slice(0, 5)), Quote("table", "Gains over the best guess that costs nothing", "horizon", {"horizon": "horizon", "predictor": "predictor", "slots@k": "slot recall, %", "best free": "best free guess", "gain, points": "gain, points", "shown": "shown"}, "Gain over the best guess that costs nothing, paired by document, 95 % intervals, adjusted over the table.")),
         "prediction-recall", "Share of the needed experts that is named at each horizon, by the best learned predictor and by the best guess that costs nothing; bars are 95 % intervals over documents.")}
 
+def _report_of(inputs: Inputs, study: str) -> Path | None:
+    "The report that a study's runs left."
+    return next(iter(sorted((inputs.results / study).glob("*_report.md"))), None)
+
 def add_study(report: Report, inputs: Inputs, name: str) -> bool:      # study of STUDIES -> was there a run?
     "The section of a study: its question, and what its report says; or that it was not run."
     part = STUDIES[known(name, STUDIES, "study")]
     report.head(part.title, 3)
     study, runs = load_study(find_root() / "papermill_runs" / "studies" / f"{name}.yaml"), inputs.runs(name)
-    file = next(iter(sorted((inputs.results / name).glob("*_report.md"))), None)
+    file = _report_of(inputs, name)
     report.say(f"Study `{name}`: {study.question}" + (f" All of it: `{file.relative_to(inputs.results.parent)}`." if file else ""), source="moe_routing.settings:load_study")
     if runs is None or part.quotes and file is None:
         report.say(f"Not run: the study `{name}` has no finished run of today's code and no report of it, so nothing is said here. `make run STUDY={name}` makes it.")
@@ -699,7 +703,7 @@ def compose(root: Path, stale: bool = False) -> tuple[Report, list[list[str]]]: 
     root, report = Path(root), Report(Ledger("moe_routing.paper:write_paper"))
     inputs, figures = Inputs(root / "papermill_runs", stale), root / "figures"
     report.head(TITLE)
-    report.say("Published claims about routers are tested here on small models, each number with its interval, its control and the run that made it. What was not run is named as such.")
+    report.say("Published claims about routers are tested here on small models. Comparisons carry their control and their interval, and a ledger beside this text names the runs of each number. What was not run is named as such.")
     _in_short(report, inputs)
     _literature(report, figures)
     _loop(report, inputs, figures)
@@ -723,7 +727,7 @@ def _in_short(report: Report, inputs: Inputs) -> None:
     "The answers of the studies that were run, before all else."
     found = []
     for study, heading, n in SHORT:
-        file = next(iter(sorted((inputs.results / study).glob("*_report.md"))), None)
+        file = _report_of(inputs, study)
         if file is None or inputs.runs(study) is None: continue
         items = [p for p in read_pieces(file) if (p.heading, p.kind) == (heading, "item")]
         found.append(items[n]._replace(content=f"{STUDIES[study].title}: {items[n].content}"))
@@ -745,7 +749,7 @@ def _week(report: Report, inputs: Inputs) -> None:
         columns = [c for c in table.columns if any(cells[c].value is not None for _, cells in table.rows)]
         frame = pd.DataFrame([{" ": title, **{table.columns[c].title: table.text(title, c, cells[c]).replace("--", "-") for c in columns}} for title, cells in table.rows])
         runs = [tuple(dict.fromkeys(r for c in cells.values() for r in ([c.run_id] if c.run_id else []) + re.findall(r"run\.json ([0-9a-f]{10})", c.source))) or ids for _, cells in table.rows]
-        report.table(frame, table.caption + " " + " ".join(n for n in table.notes if not n.startswith("Bold")).replace(" Bold: best, with a paired interval against the next best that excludes 0, p adjusted over the columns (5 %).", ""), runs)
+        report.table(frame, table.caption + " " + re.sub(r" Bold: [^.]*\.", "", " ".join(table.notes)), runs)
     held = [c for c in read_claims(inputs.results / "claims" / "claims.csv") if c.evidence == "papermill_runs/seven_day" and c.section in ("Key Claims to Support", "Success Criteria")]
     if held: report.table(pd.DataFrame([{"the plan's claim": c.sentence, "found": c.computed, "verdict": c.verdict} for c in held]), "The plan's claims and criteria of success.", [c.runs or ids for c in held])
 
@@ -783,7 +787,7 @@ def _slides(report: Report, there: dict, verdicts: str) -> list[list[str]]:
         return "\n".join(f"- {_slide(t)}" for t in found)
     def picture(head: str) -> list[str]: return [f'<img src="{b.content}" style="max-height:370px">' for b in inside(head) if b.kind == "figure"][:1]
     def study(name: str, most: int) -> list[str]: return [items(STUDIES[name].title, most), *picture(STUDIES[name].title)]
-    return [[f"# {TITLE}", "moe-routing: a laboratory book of mixture-of-experts routing", "Published claims about routers, tested on small models: each number with its interval, its control and the run that made it."],
+    return [[f"# {TITLE}", "moe-routing: a laboratory book of mixture-of-experts routing", "Published claims about routers, tested on small models: comparisons with control and interval, the runs of each number in a ledger."],
             ["# Why routing matters", "- A mixture of experts computes a few experts a token: the router decides which.\n- An uneven load wastes capacity and drops tokens.\n- Published comparisons disagree, often for want of a control."],
             ["# Literature landscape", "![](../../figures/paper-timeline.png)"],
             ["# The bench: one seam, many rules", "![](../../figures/paper-spectrum.png)"],
