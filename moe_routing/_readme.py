@@ -1,4 +1,5 @@
 """README.md is made from nbs/index.ipynb: markdown cells as they stand, code cells as code with their text output."""
+
 import json
 import re
 from pathlib import Path
@@ -12,14 +13,22 @@ def readme(index: Path) -> str:
         if cell["cell_type"] == "markdown":
             parts.append(re.sub(r"\]\(\.\./", "](", source))
             continue
-        if source.startswith("#| hide"): continue
-        shown = "" if source.startswith("#| echo: false") else "\n".join(line for line in source.split("\n") if not line.startswith("#|")).strip()
-        if shown: parts.append(f"```python\n{shown}\n```")
+        if source.startswith("#| hide"):
+            continue
+        shown = (
+            ""
+            if source.startswith("#| echo: false")
+            else "\n".join(line for line in source.split("\n") if not line.startswith("#|")).strip()
+        )
+        if shown:
+            parts.append(f"```python\n{shown}\n```")
         for output in cell["outputs"]:
             markdown = output.get("data", {}).get("text/markdown")
             text = output.get("text") or output.get("data", {}).get("text/plain")
-            if markdown: parts.append(re.sub(r"\]\(\.\./", "](", "".join(markdown)).strip())
-            elif text: parts.append("```\n" + "".join(text).strip() + "\n```")
+            if markdown:
+                parts.append(re.sub(r"\]\(\.\./", "](", "".join(markdown)).strip())
+            elif text:
+                parts.append("```\n" + "".join(text).strip() + "\n```")
     return "\n\n".join(parts) + "\n"
 
 

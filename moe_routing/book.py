@@ -16,76 +16,134 @@ from pathlib import Path
 from .settings import find_root
 
 # %% ../nbs/82_book.ipynb #9b04b204
-PARTS = {"0": "Foundations", "1": "Routers", "2": "Experts", "3": "Metrics", "4": "Models, data, training", "5": "Traces and prediction",
-         "6": "Quality and serving", "7": "Runs and reports", "8": "Publishing", "9": "More"}
+PARTS = {
+    "0": "Foundations",
+    "1": "Routers",
+    "2": "Experts",
+    "3": "Metrics",
+    "4": "Models, data, training",
+    "5": "Traces and prediction",
+    "6": "Quality and serving",
+    "7": "Runs and reports",
+    "8": "Publishing",
+    "9": "More",
+}
+
 
 def _heading(path: Path) -> str:
     "First heading of a notebook or a Markdown file, without its mark-up; the name of the file where there is none."
     text = path.read_text()
-    if path.suffix == ".ipynb": text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
     found = re.search(r"^# +(.+)$", text, re.M)
     return found.group(1).replace("`", "").strip() if found else path.stem
 
-def parts(root: Path                     # of the repository
-         ) -> dict[str, list[tuple[str, str]]]:   # part -> (title, page without suffix), in order of reading
+# %% ../nbs/82_book.ipynb #54a15f4d
+def parts(
+    root: Path,  # of the repository
+) -> dict[str, list[tuple[str, str]]]:  # part -> (title, page without suffix), in order of reading
     "What the book consists of. A file that is not there yet is simply not in it."
     root, found = Path(root), {}
-    def add(part, path, title): found.setdefault(part, []).append((title, path.relative_to(root).with_suffix("").as_posix()))
-    for path in sorted((root / "nbs").glob("[0-9]*.ipynb")): add(PARTS[path.stem[0]], path, f"{path.stem.split('_')[0]} {_heading(path)}")
-    for path in sorted((root / "papermill_runs").glob("*/*.md")): add("Reports", path, f"{path.parent.name}: {path.stem.replace('_', ' ')}")
-    for path in sorted((root / "figures").glob("*.md")): add("Reports", path, _heading(path))
+
+    def add(part, path, title):
+        found.setdefault(part, []).append((title, path.relative_to(root).with_suffix("").as_posix()))
+
+    for path in sorted((root / "nbs").glob("[0-9]*.ipynb")):
+        add(PARTS[path.stem[0]], path, f"{path.stem.split('_')[0]} {_heading(path)}")
+    for path in sorted((root / "papermill_runs").glob("*/*.md")):
+        add("Reports", path, f"{path.parent.name}: {path.stem.replace('_', ' ')}")
+    for path in sorted((root / "figures").glob("*.md")):
+        add("Reports", path, _heading(path))
     for folder, part in (("studies", "Studies, read"), ("runs", "Templates")):
-        for path in sorted((root / "nbs" / folder).glob("*.ipynb")): add(part, path, path.stem)
+        for path in sorted((root / "nbs" / folder).glob("*.ipynb")):
+            add(part, path, path.stem)
     for name in ("CONTRIBUTING.md", "LOG.md"):
-        if (root / name).exists(): add("About", root / name, _heading(root / name))
+        if (root / name).exists():
+            add("About", root / name, _heading(root / name))
     return found
 
 # %% ../nbs/82_book.ipynb #69a7455a
-def page(notebook: dict                  # as stored
-        ) -> dict:                       # as shown
+def page(
+    notebook: dict,  # as stored
+) -> dict:  # as shown
     "A notebook for readers: without nbdev's lines, with tags for what is hidden."
     cells, titled = [], False
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            if titled: cell = {**cell, "source": re.sub(r"^# ", "## ", source, flags=re.M)}    # a page has one title
+            if titled:
+                cell = {**cell, "source": re.sub(r"^# ", "## ", source, flags=re.M)}  # a page has one title
             titled = titled or source.startswith("# ")
         said, rest = re.findall(r"^#\| *(.+)$", source, re.M), re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
         if cell["cell_type"] == "code":
-            if not rest or any(line.startswith(("hide", "default_exp")) for line in said): continue
+            if not rest or any(line.startswith(("hide", "default_exp")) for line in said):
+                continue
             tags = cell["metadata"].get("tags", []) + ["remove-input"] * ("echo: false" in said)
             cell = {**cell, "source": rest, "metadata": {**cell["metadata"], "tags": tags}}
         cells.append(cell)
     return {**notebook, "cells": cells}
 
-def folders_to_pages(text: str,         # a notebook or a Markdown file, as stored
-                     here: Path,         # its folder
-                    ) -> str:
+
+def folders_to_pages(
+    text: str,  # a notebook or a Markdown file, as stored
+    here: Path,  # its folder
+) -> str:
     "A link to a folder, which is a page where the repository is browsed, leads to the report in the folder; without one only its words stay."
+
     def page_of(link):
-        if re.match(r"[a-z]+:", link[2]) or not (here / link[2]).is_dir(): return link[0]
+        if re.match(r"[a-z]+:", link[2]) or not (here / link[2]).is_dir():
+            return link[0]
         inside = sorted((here / link[2]).glob("*.md"))
         return f"[{link[1]}]({link[2].rstrip('/')}/{inside[0].name})" if inside else link[1]
+
     return re.sub(r"\[([^\[\]]+)\]\(([^()\s]{1,200})\)", page_of, text)
 
-def contents(found: dict[str, list[tuple[str, str]]],   # from `parts`
-            ) -> dict:                   # a cell
+# %% ../nbs/82_book.ipynb #ef5d9a49
+def contents(
+    found: dict[str, list[tuple[str, str]]],  # from `parts`
+) -> dict:  # a cell
     "The table of contents as a Markdown cell."
-    trees = ["```{toctree}\n:hidden:\n:caption: " + part + "\n\n" + "\n".join(f"{title} </{name}>" for title, name in pages) + "\n```" for part, pages in found.items()]
+    trees = [
+        "```{toctree}\n:hidden:\n:caption: "
+        + part
+        + "\n\n"
+        + "\n".join(f"{title} </{name}>" for title, name in pages)
+        + "\n```"
+        for part, pages in found.items()
+    ]
     return {"cell_type": "markdown", "id": "contents", "metadata": {}, "source": "\n\n".join(trees)}
 
 # %% ../nbs/82_book.ipynb #5dd87fc5
 CONFIG = {
-    "project": "moe_routing", "html_title": "moe_routing", "author": "The moe_routing authors", "root_doc": "nbs/index", "language": "en",
-    "extensions": ["myst_nb", "sphinx-mathjax-offline"], "source_suffix": {".ipynb": "myst-nb", ".md": "myst-nb"},
-    "include_patterns": ["nbs/*.ipynb", "nbs/runs/*.ipynb", "nbs/studies/*.ipynb", "papermill_runs/*/*.md", "figures/*.md", "CONTRIBUTING.md", "LOG.md"],
+    "project": "moe_routing",
+    "html_title": "moe_routing",
+    "author": "The moe_routing authors",
+    "root_doc": "nbs/index",
+    "language": "en",
+    "extensions": ["myst_nb", "sphinx-mathjax-offline"],
+    "source_suffix": {".ipynb": "myst-nb", ".md": "myst-nb"},
+    "include_patterns": [
+        "nbs/*.ipynb",
+        "nbs/runs/*.ipynb",
+        "nbs/studies/*.ipynb",
+        "papermill_runs/*/*.md",
+        "figures/*.md",
+        "CONTRIBUTING.md",
+        "LOG.md",
+    ],
     "exclude_patterns": ["**/.ipynb_checkpoints"],
-    "nb_execution_mode": "off", "nb_render_markdown_format": "myst", "nb_ipywidgets_js": {}, "nb_merge_streams": True,
-    "myst_enable_extensions": ["dollarmath", "amsmath"], "myst_heading_anchors": 3,
+    "nb_execution_mode": "off",
+    "nb_render_markdown_format": "myst",
+    "nb_ipywidgets_js": {},
+    "nb_merge_streams": True,
+    "myst_enable_extensions": ["dollarmath", "amsmath"],
+    "myst_heading_anchors": 3,
     # stored code is shown as it is, also where the lexer does not know a line; notebooks of one cell have headings of any level
     "suppress_warnings": ["misc.highlighting_failure", "myst.header", "mystnb.unknown_mime_type"],
-    "html_theme": "furo", "html_copy_source": False, "html_show_sourcelink": False,
-    "html_show_search_summary": False,       # it would fetch the pages found, which a browser refuses for files
+    "html_theme": "furo",
+    "html_copy_source": False,
+    "html_show_sourcelink": False,
+    "html_show_search_summary": False,  # it would fetch the pages found, which a browser refuses for files
 }
 
 # Code and tables are wider than prose; tables of pandas bring no style of their own.
@@ -96,11 +154,14 @@ table.dataframe, table.dataframe td, table.dataframe th { border: 0; border-bott
 
 FRONT = """<!doctype html><meta charset="utf-8"><title>moe_routing</title><meta http-equiv="refresh" content="0; url=nbs/index.html"><a href="nbs/index.html">moe_routing</a>\n"""
 
-def build_book(root: Path | None = None, # of the repository
-               out: Path | None = None,  # folder of the pages; default: _book. A book that is there is replaced
-              ) -> Path:                 # the first page
+# %% ../nbs/82_book.ipynb #05977044
+def build_book(
+    root: Path | None = None,  # of the repository
+    out: Path | None = None,  # folder of the pages; default: _book. A book that is there is replaced
+) -> Path:  # the first page
     "Build the book; RuntimeError with every warning of Sphinx, FileExistsError when the folder holds something else."
-    from sphinx.application import Sphinx          # only whoever builds the book needs it
+    from sphinx.application import Sphinx  # only whoever builds the book needs it
+
     root = Path(root or find_root()).resolve()
     out, said, found = Path(out or root / "_book"), io.StringIO(), parts(root)
     if out.exists() and any(out.iterdir()) and not (out / ".buildinfo").exists():
@@ -109,20 +170,24 @@ def build_book(root: Path | None = None, # of the repository
     def read(app, name, source):
         path = app.env.doc2path(name)
         source[0] = folders_to_pages(source[0], path.parent)
-        if path.suffix != ".ipynb": return
+        if path.suffix != ".ipynb":
+            return
         notebook = page(json.loads(source[0]))
-        if name == app.config.root_doc: notebook["cells"].append(contents(found))
+        if name == app.config.root_doc:
+            notebook["cells"].append(contents(found))
         source[0] = json.dumps(notebook)
 
-    with tempfile.TemporaryDirectory() as work:    # a build that fails or is killed leaves the old book as it was
+    with tempfile.TemporaryDirectory() as work:  # a build that fails or is killed leaves the old book as it was
         app = Sphinx(root, None, f"{work}/pages", f"{work}/doctrees", "html", CONFIG, status=None, warning=said)
         app.connect("source-read", read)
         app.add_css_file("book.css")
         app.build()
         warnings = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).strip()
-        if warnings: raise RuntimeError(f"the book has faults; mend these and build again:\n{warnings}")
+        if warnings:
+            raise RuntimeError(f"the book has faults; mend these and build again:\n{warnings}")
         Path(work, "pages", "index.html").write_text(FRONT)
         Path(work, "pages", "_static", "book.css").write_text(CSS)
-        if out.exists(): shutil.rmtree(out)
+        if out.exists():
+            shutil.rmtree(out)
         shutil.move(f"{work}/pages", out)
     return out / "index.html"

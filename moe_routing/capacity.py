@@ -8,7 +8,6 @@ __all__ = ['ORDERS', 'expert_capacity', 'limit', 'demand_load', 'served_load', '
            'recommend_capacity_factor']
 
 # %% ../nbs/09_capacity.ipynb #c7e21d03
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
 
@@ -19,26 +18,30 @@ from torch import Tensor
 from .core import GateView, Routing, Rule, in_range, known
 
 # %% ../nbs/09_capacity.ipynb #c73151c6
-def expert_capacity(tokens: int,             # T, valid tokens
-                    num_experts: int,        # E
-                    k: float,                # slots a token asks for; may be a mean
-                    capacity_factor: float,  # cf > 0
-                   ) -> int:                 # C, slots an expert may serve
+def expert_capacity(
+    tokens: int,  # T, valid tokens
+    num_experts: int,  # E
+    k: float,  # slots a token asks for; may be a mean
+    capacity_factor: float,  # cf > 0
+) -> int:  # C, slots an expert may serve
     "C = max(1, ceil(cf T k / E)) (GShard, Lepikhin et al. 2020). ValueError for cf <= 0 or k > E."
     in_range(tokens, 0, float("inf"), "tokens"), in_range(num_experts, 1, float("inf"), "num_experts")
     in_range(capacity_factor, 0, float("inf"), "capacity_factor (None is dropless)", open_low=True, open_high=True)
     in_range(k, 0, num_experts, f"k of {num_experts} experts", open_low=True)
     wanted = capacity_factor * tokens * k / num_experts
-    return max(1, ceil(wanted * (1 - 1e-12)))     # 1.1 * 100 / 10 is a hair over 11 in binary, and no 12th slot was meant
+    return max(1, ceil(wanted * (1 - 1e-12)))  # 1.1 * 100 / 10 is a hair over 11 in binary, and no 12th slot was meant
 
 # %% ../nbs/09_capacity.ipynb #ca19a067
-def _turns(wanted: Tensor,             # (T, K) int64, E where nothing is wanted
-           counts: Tensor,             # (E+1,) int64, how often each id occurs in `wanted`
-           weights: Tensor | None,     # (T, K) larger ones first; None: in order of rows and slots
-          ) -> Tensor:                 # (T, K) int64, slots of the same expert that come before this one
+def _turns(
+    wanted: Tensor,  # (T, K) int64, E where nothing is wanted
+    counts: Tensor,  # (E+1,) int64, how often each id occurs in `wanted`
+    weights: Tensor | None,  # (T, K) larger ones first; None: in order of rows and slots
+) -> Tensor:  # (T, K) int64, slots of the same expert that come before this one
     key = flat = wanted.reshape(-1)
     if weights is not None:
-        bits = (weights.detach().float() + 0.0).reshape(-1).contiguous().view(torch.int32)   # + 0 leaves no negative zero
+        bits = (
+            (weights.detach().float() + 0.0).reshape(-1).contiguous().view(torch.int32)
+        )  # + 0 leaves no negative zero
         key = (flat << 32) | (0x7FFFFFFF - bits.long())
     order = key.sort(stable=True).indices
     turn = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[flat[order]]
@@ -52,56 +55,70 @@ def _empty(routing: Routing, keep: Tensor, renorm: bool) -> tuple[Tensor, Tensor
         after = weights.float().sum(-1, keepdim=True)
         scale = torch.where(after > 0, routing.weights.float().sum(-1, keepdim=True) / after.where(after > 0, 1.0), 1.0)
         weights = (weights.float() * scale).to(weights.dtype)
-    if keep.shape[1] == 1: return experts, weights
+    if keep.shape[1] == 1:
+        return experts, weights
     order = (~keep).to(torch.int8).sort(dim=-1, stable=True).indices
     return experts.gather(1, order), weights.gather(1, order)
 
 # %% ../nbs/09_capacity.ipynb #c258b749
-ORDERS = ("position", "score")   # who is served first: earlier slots, or larger weights
+ORDERS = ("position", "score")  # who is served first: earlier slots, or larger weights
 
-def limit(routing: Routing,
-          capacity_factor: float | None = None,  # > 0; None: dropless, unless `capacity` is given
-          k: float | None = None,                # slots a token asks for, in the capacity formula; default K
-          capacity: int | None = None,           # C itself, in place of a factor
-          by: str = "position",                  # a name in ORDERS
-          renorm: bool = False,                  # scale what a token keeps to the sum it had?
-          valid: Tensor | None = None,           # (T,) bool; other rows take no capacity and lose their slots
-         ) -> Routing:                           # extras: demand (E,), demand_counts (T,), both before refusal, and capacity (None: dropless)
+
+def limit(
+    routing: Routing,
+    capacity_factor: float | None = None,  # > 0; None: dropless, unless `capacity` is given
+    k: float | None = None,  # slots a token asks for, in the capacity formula; default K
+    capacity: int | None = None,  # C itself, in place of a factor
+    by: str = "position",  # a name in ORDERS
+    renorm: bool = False,  # scale what a token keeps to the sum it had?
+    valid: Tensor | None = None,  # (T,) bool; other rows take no capacity and lose their slots
+) -> Routing:  # extras: demand (E,), demand_counts (T,), both before refusal, and capacity (None: dropless)
     "Let no expert serve more than its capacity. ValueError for a factor <= 0, k > E, a factor and a capacity at once, or an unknown order."
     known(by, ORDERS, "order of refusal")
-    if capacity is not None and capacity_factor is not None: raise ValueError(f"give capacity_factor = {capacity_factor} or capacity = {capacity}, not both")
+    if capacity is not None and capacity_factor is not None:
+        raise ValueError(f"give capacity_factor = {capacity_factor} or capacity = {capacity}, not both")
     (T, K), E = routing.experts.shape, routing.num_experts
-    if capacity_factor is not None: capacity = expert_capacity(T if valid is None else int(valid.sum()), E, K if k is None else k, capacity_factor)
-    elif capacity is not None: in_range(capacity, 1, float("inf"), "capacity")
+    if capacity_factor is not None:
+        capacity = expert_capacity(T if valid is None else int(valid.sum()), E, K if k is None else k, capacity_factor)
+    elif capacity is not None:
+        in_range(capacity, 1, float("inf"), "capacity")
     wanted = routing.experts if valid is None else routing.experts.masked_fill(~valid.unsqueeze(1), E)
     counts = torch.bincount(wanted.reshape(-1), minlength=E + 1)
     asked = {"demand": counts[:-1], "demand_counts": (wanted < E).sum(-1)}
-    if "demand_counts" in routing.extras: asked = {}          # limited before: the demand is what the router asked for at first
+    if "demand_counts" in routing.extras:
+        asked = {}  # limited before: the demand is what the router asked for at first
     extras = {**routing.extras, **asked, "capacity": capacity}
     full = capacity is not None and bool((counts[:-1] > capacity).any())
-    if not full and valid is None: return replace(routing, extras=extras)
+    if not full and valid is None:
+        return replace(routing, extras=extras)
     keep = wanted < E
-    if full: keep = keep & (_turns(wanted, counts, routing.weights if by == "score" else None) < capacity)
+    if full:
+        keep = keep & (_turns(wanted, counts, routing.weights if by == "score" else None) < capacity)
     return Routing(routing.logits, *_empty(routing, keep, renorm), extras)
 
 # %% ../nbs/09_capacity.ipynb #c557840b
-def demand_load(routing: Routing) -> Tensor:   # (E,) int64
+def demand_load(routing: Routing) -> Tensor:  # (E,) int64
     "Slots asked of each expert, before any refusal."
     return routing.extras["demand"] if "demand" in routing.extras else routing.load
 
-def served_load(routing: Routing) -> Tensor:   # (E,) int64
+
+def served_load(routing: Routing) -> Tensor:  # (E,) int64
     "Slots that each expert serves."
     return routing.load
 
-def drop_rate(routing: Routing) -> float:      # in [0, 1]
+
+def drop_rate(routing: Routing) -> float:  # in [0, 1]
     "Share of the slots asked for that are not served, over valid rows; 0 where nothing was ever limited."
-    if "demand_counts" not in routing.extras: return 0.0
+    if "demand_counts" not in routing.extras:
+        return 0.0
     asked = int(routing.extras["demand_counts"].sum())
     return 1 - int(routing.used.sum()) / asked if asked else 0.0
 
-def orphan_rate(routing: Routing) -> float:    # in [0, 1]
+
+def orphan_rate(routing: Routing) -> float:  # in [0, 1]
     "Share of the tokens that asked for an expert and got none, over valid rows; 0 where nothing was ever limited."
-    if "demand_counts" not in routing.extras: return 0.0
+    if "demand_counts" not in routing.extras:
+        return 0.0
     asked = routing.extras["demand_counts"] > 0
     return int((asked & (routing.counts == 0)).sum()) / max(int(asked.sum()), 1)
 
@@ -109,72 +126,109 @@ def orphan_rate(routing: Routing) -> float:    # in [0, 1]
 @dataclass(frozen=True)
 class Capped(Rule):
     "A rule whose experts serve no more than their capacity; attributes it does not have are the inner rule's."
+
     rule: Rule
-    capacity_factor: float | None = None   # > 0; None: dropless
-    by: str = "position"                   # a name in ORDERS
-    renorm: bool = True                    # scale what a token keeps to the sum it had?
-    k: float | None = None                 # slots a token asks for, in the capacity formula; None: the rule's k, else the model's
+    capacity_factor: float | None = None  # > 0; None: dropless
+    by: str = "position"  # a name in ORDERS
+    renorm: bool = True  # scale what a token keeps to the sum it had?
+    k: float | None = None  # slots a token asks for, in the capacity formula; None: the rule's k, else the model's
 
     def __post_init__(self):
         known(self.by, ORDERS, "order of refusal")
-        if self.capacity_factor is not None: in_range(self.capacity_factor, 0, float("inf"), "capacity_factor (None is dropless)", open_low=True, open_high=True)
-        if self.k is None: object.__setattr__(self, "k", getattr(self.rule, "k", None))
+        if self.capacity_factor is not None:
+            in_range(
+                self.capacity_factor,
+                0,
+                float("inf"),
+                "capacity_factor (None is dropless)",
+                open_low=True,
+                open_high=True,
+            )
+        if self.k is None:
+            object.__setattr__(self, "k", getattr(self.rule, "k", None))
+
     def __getattr__(self, name: str):
-        if name == "rule" or name.startswith("__"): raise AttributeError(name)    # a copy under construction has no rule yet
+        if name == "rule" or name.startswith("__"):
+            raise AttributeError(name)  # a copy under construction has no rule yet
         return getattr(self.rule, name)
+
     def decide(self, view: GateView) -> Routing:
         k = view.k if self.k is None else self.k
         return limit(self.rule(view), self.capacity_factor, k, by=self.by, renorm=self.renorm, valid=view.context.valid)
+
     def describe(self) -> dict:
         "The name, the inner rule under `inner`, and the parameters."
-        return {"rule": type(self).__name__, "inner": self.rule.describe(), **{n: getattr(self, n) for n in ("capacity_factor", "by", "renorm", "k")}}
+        return {
+            "rule": type(self).__name__,
+            "inner": self.rule.describe(),
+            **{n: getattr(self, n) for n in ("capacity_factor", "by", "renorm", "k")},
+        }
 
 # %% ../nbs/09_capacity.ipynb #ce5958ac
-def pack(hidden: Tensor,               # (T, H)
-         routing: Routing,             # no expert serves more than `capacity`: see `limit`
-         capacity: int | None = None,  # C; None: that of the routing, else its largest load
-        ) -> tuple[Tensor, Tensor]:    # (E, C, H), zeros where nobody is; cells (T, K) int64: where each slot went, E*C where unused
+def pack(
+    hidden: Tensor,  # (T, H)
+    routing: Routing,  # no expert serves more than `capacity`: see `limit`
+    capacity: int | None = None,  # C; None: that of the routing, else its largest load
+) -> tuple[
+    Tensor, Tensor
+]:  # (E, C, H), zeros where nobody is; cells (T, K) int64: where each slot went, E*C where unused
     "Gather the hidden states of each expert's tokens into a rectangle. ValueError when an expert serves more than C."
     (T, K), E = routing.experts.shape, routing.num_experts
     counts = torch.bincount(routing.experts.reshape(-1), minlength=E + 1)
     most = int(counts[:-1].max())
     C = capacity or routing.extras.get("capacity") or max(most, 1)
-    if most > C: raise ValueError(f"an expert serves {most} tokens, more than the capacity {C}: call limit(routing, capacity={C}) first")
+    if most > C:
+        raise ValueError(
+            f"an expert serves {most} tokens, more than the capacity {C}: call limit(routing, capacity={C}) first"
+        )
     cells = (routing.experts * C + _turns(routing.experts, counts, None)).masked_fill(~routing.used, E * C)
     token = torch.full((E * C + 1,), T, device=hidden.device)
     token.scatter_(0, cells.reshape(-1), torch.arange(T * K, device=hidden.device) // K)
     padded = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
     return padded.index_select(0, token[:-1]).view(E, C, -1), cells
 
-def combine(outputs: Tensor,           # (E, C, H) of the experts
-            routing: Routing,          # the one that was packed
-            cells: Tensor,             # (T, K) from `pack`
-           ) -> Tensor:                # (T, H)
+
+def combine(
+    outputs: Tensor,  # (E, C, H) of the experts
+    routing: Routing,  # the one that was packed
+    cells: Tensor,  # (T, K) from `pack`
+) -> Tensor:  # (T, H)
     "Add up the experts' outputs of each token, times their weights."
     rows = outputs.reshape(-1, outputs.shape[-1])
-    return torch.nn.functional.embedding_bag(cells.clamp(max=len(rows) - 1), rows, mode="sum", per_sample_weights=routing.weights.to(rows.dtype))
+    return torch.nn.functional.embedding_bag(
+        cells.clamp(max=len(rows) - 1), rows, mode="sum", per_sample_weights=routing.weights.to(rows.dtype)
+    )
 
 # %% ../nbs/09_capacity.ipynb #c1282b3c
 def _shares(shares, num_experts: int) -> np.ndarray:
     "(E,) float64 that sum to 1, or an error that names what is wrong."
     s = np.asarray(shares.detach().cpu() if isinstance(shares, Tensor) else shares, dtype=np.float64)
-    if s.shape != (num_experts,): raise ValueError(f"shares must be ({num_experts},), one for each expert, got shape {s.shape}")
-    if not np.isfinite(s).all() or (s < 0).any(): raise ValueError("shares hold a negative number, NaN or infinity")
-    if abs(s.sum() - 1) > 1e-3: raise ValueError(f"shares sum to {s.sum():.6g}, not 1: divide the loads by their sum")
+    if s.shape != (num_experts,):
+        raise ValueError(f"shares must be ({num_experts},), one for each expert, got shape {s.shape}")
+    if not np.isfinite(s).all() or (s < 0).any():
+        raise ValueError("shares hold a negative number, NaN or infinity")
+    if abs(s.sum() - 1) > 1e-3:
+        raise ValueError(f"shares sum to {s.sum():.6g}, not 1: divide the loads by their sum")
     return s / s.sum()
+
 
 def _excess(trials: int, p: np.ndarray, C: int) -> np.ndarray:
     "E (D - C)^+ for D ~ Binomial(trials, p), exactly; p (E,), at p >= 1 the load is certain."
     from scipy.special import bdtrc
+
     certain = np.maximum(trials * p - C, 0.0)
-    if C >= trials: return certain
+    if C >= trials:
+        return certain
     q = np.minimum(p, 1.0)
-    return np.where(p >= 1, certain, np.maximum(trials * q * bdtrc(C - 1, trials - 1, q) - C * bdtrc(C, trials, q), 0.0))
+    return np.where(
+        p >= 1, certain, np.maximum(trials * q * bdtrc(C - 1, trials - 1, q) - C * bdtrc(C, trials, q), 0.0)
+    )
 
 # %% ../nbs/09_capacity.ipynb #c2518de4
 def _normal_excess(trials: int, p: np.ndarray, C: int, dispersion: float) -> np.ndarray:
     "E (D - C)^+ for a normal D with the mean of Binomial(trials, p) and `dispersion` times its variance."
     from scipy.stats import norm
+
     in_range(dispersion, 0, float("inf"), "dispersion", open_high=True)
     mean, q = trials * p, np.minimum(p, 1.0)
     sd = np.sqrt(dispersion * trials * q * (1 - q))
@@ -182,42 +236,52 @@ def _normal_excess(trials: int, p: np.ndarray, C: int, dispersion: float) -> np.
     return np.where(sd > 0, sd * (norm.pdf(z) - z * norm.sf(z)), np.maximum(mean - C, 0.0))
 
 # %% ../nbs/09_capacity.ipynb #cf4b98c0
-def expected_drop_rate(tokens: int,                # T, valid tokens of one forward
-                       num_experts: int,           # E
-                       k: float,                   # slots a token asks for
-                       capacity_factor: float | None,  # > 0; None: dropless
-                       shares=None,                # (E,) share of the slots that goes to each expert; default even
-                       cv: float | None = None,    # coefficient of variation of the shares, where that is all that is known
-                       max_violation: float | None = None,  # with cv: the largest share over the mean, minus 1
-                       distinct: bool = True,      # a token takes an expert at most once
-                       dispersion: float = 1.0,    # variance of an expert's demand over that of independent tokens, see `load_dispersion`
-                      ) -> float:                  # in [0, 1]
+def expected_drop_rate(
+    tokens: int,  # T, valid tokens of one forward
+    num_experts: int,  # E
+    k: float,  # slots a token asks for
+    capacity_factor: float | None,  # > 0; None: dropless
+    shares=None,  # (E,) share of the slots that goes to each expert; default even
+    cv: float | None = None,  # coefficient of variation of the shares, where that is all that is known
+    max_violation: float | None = None,  # with cv: the largest share over the mean, minus 1
+    distinct: bool = True,  # a token takes an expert at most once
+    dispersion: float = 1.0,  # variance of an expert's demand over that of independent tokens, see `load_dispersion`
+) -> float:  # in [0, 1]
     "The share of slots that will be dropped when tokens choose independently; exact given the shares. ValueError on bad shares, or on shares and cv at once."
-    if shares is not None and cv is not None: raise ValueError("give shares or cv, not both: shares say more")
+    if shares is not None and cv is not None:
+        raise ValueError("give shares or cv, not both: shares say more")
     in_range(tokens, 1, float("inf"), "tokens")
-    if capacity_factor is None: return 0.0
+    if capacity_factor is None:
+        return 0.0
     C = expert_capacity(tokens, num_experts, k, capacity_factor)
-    if cv is not None: s = shares_from_cv(num_experts, cv, max_violation, k if distinct else 1)
-    elif max_violation is not None: raise ValueError("max_violation alone does not give the shares: give cv too")
-    else: s = np.full(num_experts, 1 / num_experts) if shares is None else _shares(shares, num_experts)
+    if cv is not None:
+        s = shares_from_cv(num_experts, cv, max_violation, k if distinct else 1)
+    elif max_violation is not None:
+        raise ValueError("max_violation alone does not give the shares: give cv too")
+    else:
+        s = np.full(num_experts, 1 / num_experts) if shares is None else _shares(shares, num_experts)
     trials = tokens if distinct else round(tokens * k)
     p = tokens * k * s / trials
-    return float((_excess(trials, p, C) if dispersion == 1 else _normal_excess(trials, p, C, dispersion)).sum() / (tokens * k))
+    return float(
+        (_excess(trials, p, C) if dispersion == 1 else _normal_excess(trials, p, C, dispersion)).sum() / (tokens * k)
+    )
 
 # %% ../nbs/09_capacity.ipynb #c1533a26
 def _full(x: np.ndarray, most: float) -> np.ndarray:
     "Shares in proportion to x (E,), rising and positive, except that none is over `most`: the largest are cut there, the others share the rest."
-    cut = np.arange(len(x))                           # how many of the largest are cut
+    cut = np.arange(len(x))  # how many of the largest are cut
     scale = np.maximum(1 - cut * most, 0.0) / x.cumsum()[::-1]
     m = int(np.argmax(scale * x[::-1] <= most * (1 + 1e-12)))
-    return np.append(scale[m] * x[:len(x) - m], np.full(m, most))
+    return np.append(scale[m] * x[: len(x) - m], np.full(m, most))
+
 
 def _spread(num_experts: int, cv: float, most: float) -> np.ndarray:
     "(E,) log-normal quantiles that sum to 1, none over `most`, with the given population CV, by bisection of the width."
     from scipy.special import ndtri
-    z = ndtri((np.arange(num_experts) + .5) / num_experts)
+
+    z = ndtri((np.arange(num_experts) + 0.5) / num_experts)
     z = z - z[-1]
-    low, high = 0.0, 700 / max(-z[0], 1e-9)           # beyond, the smallest share is no longer a float
+    low, high = 0.0, 700 / max(-z[0], 1e-9)  # beyond, the smallest share is no longer a float
     for _ in range(60):
         middle = (low + high) / 2
         s = _full(np.exp(middle * z), most)
@@ -225,40 +289,52 @@ def _spread(num_experts: int, cv: float, most: float) -> np.ndarray:
     return s
 
 # %% ../nbs/09_capacity.ipynb #cdaae86d
-def shares_from_cv(num_experts: int,             # E
-                   cv: float,                    # population CV of the shares, at most sqrt(E - 1)
-                   max_violation: float | None = None,  # largest share over the mean, minus 1, where it is known
-                   k: float = 1,                 # slots of a token: with distinct experts no share is over 1/k, unless the CV cannot be had otherwise
-                  ) -> np.ndarray:               # (E,) float64, sums to 1, smallest first
+def shares_from_cv(
+    num_experts: int,  # E
+    cv: float,  # population CV of the shares, at most sqrt(E - 1)
+    max_violation: float | None = None,  # largest share over the mean, minus 1, where it is known
+    k: float = 1,  # slots of a token: with distinct experts no share is over 1/k, unless the CV cannot be had otherwise
+) -> np.ndarray:  # (E,) float64, sums to 1, smallest first
     "Log-normal shares with a given CV, and with a given largest share if there is one. ValueError where no shares have both."
     E = num_experts
     in_range(cv, 0, sqrt(E - 1), f"cv of {E} shares")
-    if cv == 0 or E == 1: return np.full(E, 1 / E)
-    if max_violation is None: return _spread(E, cv, 1 / max(min(k, int(E / (cv**2 + 1) + 1e-9)), 1))    # n experts that share everything have CV sqrt(E / n - 1)
-    low, high = max(cv / sqrt(E - 1), cv**2), cv * sqrt(E - 1)    # the largest stands alone above the others at `high`; below `low` it would not be the largest
+    if cv == 0 or E == 1:
+        return np.full(E, 1 / E)
+    if max_violation is None:
+        return _spread(
+            E, cv, 1 / max(min(k, int(E / (cv**2 + 1) + 1e-9)), 1)
+        )  # n experts that share everything have CV sqrt(E / n - 1)
+    low, high = (
+        max(cv / sqrt(E - 1), cv**2),
+        cv * sqrt(E - 1),
+    )  # the largest stands alone above the others at `high`; below `low` it would not be the largest
     in_range(max_violation, low * (1 - 1e-9), high * (1 + 1e-9), f"max_violation of {E} shares with cv = {cv:g}")
     top = min((1 + max_violation) / E, 1.0)
     left, even = 1 - top, np.full(E - 1, 1 / (E - 1))
     others = sqrt(max((E - 1) * ((cv**2 + 1) / E - top**2) / left**2 - 1, 0.0)) if left > 1e-12 else 0.0
     return np.append(left * (_spread(E - 1, others, min(top / left, 1.0)) if others > 1e-6 else even), top)
 
-def share_cv(load_cv: float,                     # population CV of the demand of one forward
-             tokens: int,                        # T it was measured on
-             num_experts: int,                   # E
-             k: float,
-            ) -> float:                          # at least 0
+
+def share_cv(
+    load_cv: float,  # population CV of the demand of one forward
+    tokens: int,  # T it was measured on
+    num_experts: int,  # E
+    k: float,
+) -> float:  # at least 0
     "The CV of the shares behind a measured demand: what chance alone adds at so few tokens is taken out."
     noise = (1 - k / num_experts) * num_experts / (tokens * k)
     return sqrt(max(load_cv**2 - noise, 0.0) / (1 - 1 / tokens)) if tokens > 1 else 0.0
 
 # %% ../nbs/09_capacity.ipynb #cf31aa9e
-def load_dispersion(demand,            # (B, E) demand of each batch, B at least 3
-                    tokens,            # T of each batch: one number, or (B,)
-                    k: float,          # slots a token asks for
-                   ) -> float:
+def load_dispersion(
+    demand,  # (B, E) demand of each batch, B at least 3
+    tokens,  # T of each batch: one number, or (B,)
+    k: float,  # slots a token asks for
+) -> float:
     "Variance of the experts' demand between batches, over that of independent tokens: 1 when they are."
     d = np.asarray(demand.detach().cpu() if isinstance(demand, Tensor) else demand, dtype=np.float64)
-    if d.ndim != 2 or len(d) < 3: raise ValueError(f"demand of shape {d.shape}: a variance between batches needs (B, E) with at least 3 batches")
+    if d.ndim != 2 or len(d) < 3:
+        raise ValueError(f"demand of shape {d.shape}: a variance between batches needs (B, E) with at least 3 batches")
     T = np.broadcast_to(np.asarray(tokens, dtype=np.float64), (len(d),))
     share = d / d.sum(1, keepdims=True)
     p = np.minimum(k * d.sum(0) / d.sum(), 1)
@@ -266,45 +342,72 @@ def load_dispersion(demand,            # (B, E) demand of each batch, B at least
     return float(share.var(0, ddof=1).sum() / expected) if expected else 1.0
 
 # %% ../nbs/09_capacity.ipynb #c6379c10
-def drop_law_error(demand,                       # (B, E) demand of each batch
-                   tokens,                       # T of each batch: one number, or (B,)
-                   k: float,                     # slots a token asks for
-                   capacity_factors=(1.0, 1.05, 1.1, 1.25, 1.5, 2.0),
-                   shares=None,                  # (E,) known beforehand; default: of the other batches
-                   dispersion: float | None = 1.0,   # 1: independent tokens; None: of the other batches, at least 3 of them
-                  ) -> list[dict]:               # a row a factor: actual and expected drop rate and their error (means), batch_errors [B], worst (of them), and what CV alone gives
+def drop_law_error(
+    demand,  # (B, E) demand of each batch
+    tokens,  # T of each batch: one number, or (B,)
+    k: float,  # slots a token asks for
+    capacity_factors=(1.0, 1.05, 1.1, 1.25, 1.5, 2.0),
+    shares=None,  # (E,) known beforehand; default: of the other batches
+    dispersion: float | None = 1.0,  # 1: independent tokens; None: of the other batches, at least 3 of them
+) -> list[
+    dict
+]:  # a row a factor: actual and expected drop rate and their error (means), batch_errors [B], worst (of them), and what CV alone gives
     "The drop law against measured demand, batch by batch; rates as shares, not percent. ValueError for fewer than 2 batches without shares."
     d = np.asarray(demand.detach().cpu() if isinstance(demand, Tensor) else demand, dtype=np.float64)
-    if d.ndim != 2: raise ValueError(f"demand must be (B, E), a row a batch, got shape {d.shape}")
+    if d.ndim != 2:
+        raise ValueError(f"demand must be (B, E), a row a batch, got shape {d.shape}")
     B, E = d.shape
-    if shares is None and B < 2: raise ValueError("one batch cannot give the shares it is judged by: measure 2 or more, or give shares")
+    if shares is None and B < 2:
+        raise ValueError("one batch cannot give the shares it is judged by: measure 2 or more, or give shares")
     T, total = np.broadcast_to(np.asarray(tokens), (B,)).astype(int), d.sum(0)
     others = [(total - row) / (total - row).sum() if shares is None else shares for row in d]
-    spread = [load_dispersion(np.delete(d, i, 0), np.delete(T, i), k) for i in range(B)] if dispersion is None else [dispersion] * B
+    spread = (
+        [load_dispersion(np.delete(d, i, 0), np.delete(T, i), k) for i in range(B)]
+        if dispersion is None
+        else [dispersion] * B
+    )
     pooled = total / total.sum()
     cv, rows = share_cv(float(pooled.std() / pooled.mean()), int(T.sum()), E, k), []
     for cf in capacity_factors:
         actual = np.array([np.maximum(row - expert_capacity(t, E, k, cf), 0).sum() / row.sum() for row, t in zip(d, T)])
         law = np.array([expected_drop_rate(t, E, k, cf, s, dispersion=f) for t, s, f in zip(T, others, spread)])
         from_cv = np.array([expected_drop_rate(t, E, k, cf, cv=cv) for t in T])
-        rows.append({"capacity_factor": float(cf), "actual": actual.mean(), "expected": law.mean(), "error": law.mean() - actual.mean(), "worst": np.abs(law - actual).max(),
-                     "expected_from_cv": from_cv.mean(), "error_from_cv": from_cv.mean() - actual.mean(), "batch_errors": law - actual})
+        rows.append(
+            {
+                "capacity_factor": float(cf),
+                "actual": actual.mean(),
+                "expected": law.mean(),
+                "error": law.mean() - actual.mean(),
+                "worst": np.abs(law - actual).max(),
+                "expected_from_cv": from_cv.mean(),
+                "error_from_cv": from_cv.mean() - actual.mean(),
+                "batch_errors": law - actual,
+            }
+        )
     return [{name: np.asarray(value).tolist() for name, value in row.items()} for row in rows]
 
 # %% ../nbs/09_capacity.ipynb #c3f090b2
-def recommend_capacity_factor(target_drop_rate: float,     # in (0, 1)
-                              tokens: int,                 # T, valid tokens of one forward
-                              num_experts: int,            # E
-                              k: float,                    # slots a token asks for
-                              shares=None,                 # (E,); default even
-                              cv: float | None = None,     # of the shares, where that is all that is known
-                              **more,                      # max_violation and distinct, see `expected_drop_rate`
-                             ) -> float:                   # a multiple of .001
+def recommend_capacity_factor(
+    target_drop_rate: float,  # in (0, 1)
+    tokens: int,  # T, valid tokens of one forward
+    num_experts: int,  # E
+    k: float,  # slots a token asks for
+    shares=None,  # (E,); default even
+    cv: float | None = None,  # of the shares, where that is all that is known
+    **more,  # max_violation and distinct, see `expected_drop_rate`
+) -> float:  # a multiple of .001
     "The smallest capacity factor whose expected drop rate is at most the target. ValueError for a target outside (0, 1)."
     in_range(target_drop_rate, 0, 1, "target_drop_rate", open_low=True, open_high=True)
-    if cv is not None and shares is None: shares = shares_from_cv(num_experts, cv, more.pop("max_violation", None), k if more.get("distinct", True) else 1)
-    low, high = 0, 1000 * num_experts                      # at E, one expert alone could serve every slot
+    if cv is not None and shares is None:
+        shares = shares_from_cv(
+            num_experts, cv, more.pop("max_violation", None), k if more.get("distinct", True) else 1
+        )
+    low, high = 0, 1000 * num_experts  # at E, one expert alone could serve every slot
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if expected_drop_rate(tokens, num_experts, k, middle / 1000, shares, **more) <= target_drop_rate else (middle, high)
+        low, high = (
+            (low, middle)
+            if expected_drop_rate(tokens, num_experts, k, middle / 1000, shares, **more) <= target_drop_rate
+            else (middle, high)
+        )
     return high / 1000

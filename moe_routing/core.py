@@ -15,24 +15,32 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #c9c14c9b
-def known(name: str,              # the name that was asked for
-          names: Iterable[str],   # the names that exist
-          what: str,              # what they name, for the message: "router", "data set", ...
-         ) -> str:                # `name`, unchanged
+def known(
+    name: str,  # the name that was asked for
+    names: Iterable[str],  # the names that exist
+    what: str,  # what they name, for the message: "router", "data set", ...
+) -> str:  # `name`, unchanged
     "Return `name` if it is one of `names`, else raise a ValueError that offers the nearest."
     names = list(names)
-    if name in names: return name
-    near = get_close_matches(str(name), names, n=3, cutoff=.4)
+    if name in names:
+        return name
+    near = get_close_matches(str(name), names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise ValueError(f"unknown {what} {name!r}: {hint}known are {', '.join(sorted(names))}")
 
 # %% ../nbs/00_core.ipynb #cb67ccdd
-def in_range(value: float, low: float, high: float, what: str,  # allowed range and what it limits
-             open_low: bool = False, open_high: bool = False,   # is the end itself excluded?
-            ) -> float:                                         # `value`, unchanged
+def in_range(
+    value: float,
+    low: float,
+    high: float,
+    what: str,  # allowed range and what it limits
+    open_low: bool = False,
+    open_high: bool = False,  # is the end itself excluded?
+) -> float:  # `value`, unchanged
     "Return `value` if it lies in the range, else raise a ValueError that names value and range."
     good = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
-    if good: return value
+    if good:
+        return value
     left, right = "(" if open_low else "[", ")" if open_high else "]"
     raise ValueError(f"{what} = {value!r} is outside {left}{low}, {high}{right}")
 
@@ -40,40 +48,46 @@ def in_range(value: float, low: float, high: float, what: str,  # allowed range 
 @dataclass(frozen=True)
 class Context:
     "Where the rows of a gate come from; every tensor is (T,), and None where unknown."
-    layer: int = 0                     # index among the MoE layers, from 0
-    num_layers: int | None = None      # number of MoE layers
-    layer_name: str = ""               # module path in the model
-    forward: int = 0                   # how many forwards of the model came before this one
-    token_id: Tensor | None = None     # (T,) int64
-    position: Tensor | None = None     # (T,) int64, position inside the sequence, padding not counted
-    sequence: Tensor | None = None     # (T,) int64, index of the sequence in the batch
-    valid: Tensor | None = None        # (T,) bool, False for padding
 
-    def require(self,
-                name: str,             # the field that a rule cannot do without
-                who: str,              # the rule, for the message
-               ) -> Tensor:
+    layer: int = 0  # index among the MoE layers, from 0
+    num_layers: int | None = None  # number of MoE layers
+    layer_name: str = ""  # module path in the model
+    forward: int = 0  # how many forwards of the model came before this one
+    token_id: Tensor | None = None  # (T,) int64
+    position: Tensor | None = None  # (T,) int64, position inside the sequence, padding not counted
+    sequence: Tensor | None = None  # (T,) int64, index of the sequence in the batch
+    valid: Tensor | None = None  # (T,) bool, False for padding
+
+    def require(
+        self,
+        name: str,  # the field that a rule cannot do without
+        who: str,  # the rule, for the message
+    ) -> Tensor:
         "Return a field, or say which rule needs it and how to provide it."
         value = getattr(self, known(name, [f.name for f in fields(self)], "context field"))
         if value is None:
-            raise ValueError(f"{who} needs the context field {name!r}, which is unknown here: call the model with input_ids "
-                             f"under `route`, or build the view with Context({name}=...)")
+            raise ValueError(
+                f"{who} needs the context field {name!r}, which is unknown here: call the model with input_ids "
+                f"under `route`, or build the view with Context({name}=...)"
+            )
         return value
 
 # %% ../nbs/00_core.ipynb #c66f288c
-def one_past_last(experts: Tensor,      # (T, K) int64, unused slots hold `num_experts`
-                  values: Tensor,       # (T, E) one value for each expert
-                  fill: float = 0.0,    # what an unused slot gets
-                 ) -> Tensor:           # (T, K)
+def one_past_last(
+    experts: Tensor,  # (T, K) int64, unused slots hold `num_experts`
+    values: Tensor,  # (T, E) one value for each expert
+    fill: float = 0.0,  # what an unused slot gets
+) -> Tensor:  # (T, K)
     "Gather `values` at `experts`; unused slots get `fill`."
     unused = experts == values.shape[-1]
     return values.gather(-1, experts.masked_fill(unused, 0)).masked_fill(unused, fill)
 
 # %% ../nbs/00_core.ipynb #c647bcdb
-def order_slots(experts: Tensor,        # (T, K) int64, unused slots hold `num_experts`
-                weights: Tensor,        # (T, K)
-                num_experts: int,       # E
-               ) -> tuple[Tensor, Tensor]:  # the same two, largest weight first and unused slots last
+def order_slots(
+    experts: Tensor,  # (T, K) int64, unused slots hold `num_experts`
+    weights: Tensor,  # (T, K)
+    num_experts: int,  # E
+) -> tuple[Tensor, Tensor]:  # the same two, largest weight first and unused slots last
     "Sort the slots of every token by weight, largest first; ties keep their order."
     key = weights.detach().float().masked_fill(experts == num_experts, float("-inf"))
     order = key.argsort(dim=-1, descending=True, stable=True)
@@ -83,28 +97,33 @@ def order_slots(experts: Tensor,        # (T, K) int64, unused slots hold `num_e
 @dataclass
 class Routing:
     "The decision of a router for T tokens and E experts: who goes where, with what weight."
-    logits: Tensor                     # (T, E) float32, raw router logits, before softmax
-    experts: Tensor                    # (T, K) int64, largest weight first; an unused slot holds E
-    weights: Tensor                    # (T, K), multiplies each expert's output; exactly 0 in unused slots
+
+    logits: Tensor  # (T, E) float32, raw router logits, before softmax
+    experts: Tensor  # (T, K) int64, largest weight first; an unused slot holds E
+    weights: Tensor  # (T, K), multiplies each expert's output; exactly 0 in unused slots
     extras: dict = field(default_factory=dict)  # by name: p_values (T, E), demand (E,), fallback (T,), losses, ...
 
     @property
     def num_experts(self) -> int:
         "E"
         return self.logits.shape[-1]
+
     @property
     def used(self) -> Tensor:
         "(T, K) bool: the slot holds an expert."
         return self.experts < self.num_experts
+
     @property
     def counts(self) -> Tensor:
         "(T,) int64: experts used by each token."
         return self.used.sum(-1)
+
     @property
     def mask(self) -> Tensor:
         "(T, E) bool: the token is processed by the expert."
         wide = torch.zeros(len(self.experts), self.num_experts + 1, dtype=torch.bool, device=self.experts.device)
         return wide.scatter(1, self.experts, True)[:, :-1]
+
     @property
     def load(self) -> Tensor:
         "(E,) int64: tokens processed by each expert."
@@ -114,12 +133,16 @@ class Routing:
         "(T, E): the weights spread over all experts, 0 where the expert is not used."
         wide = self.weights.new_zeros(len(self.experts), self.num_experts + 1)
         return wide.scatter_add(1, self.experts, self.weights)[:, :-1]
+
     def rows(self, keep: Tensor) -> "Routing":
         "The decision for some of the tokens; `keep` is a (T,) bool mask or (N,) indices; extras of T rows follow."
         T = len(self.experts)
-        cut = {k: v[keep] if isinstance(v, Tensor) and v.ndim and len(v) == T and k not in ("demand", "load") else v
-               for k, v in self.extras.items()}
+        cut = {
+            k: v[keep] if isinstance(v, Tensor) and v.ndim and len(v) == T and k not in ("demand", "load") else v
+            for k, v in self.extras.items()
+        }
         return Routing(self.logits[keep], self.experts[keep], self.weights[keep], cut)
+
     def validate(self) -> "Routing":
         "Return self if every invariant holds, else raise a ValueError that names the broken one and the token."
         _validate(self)
@@ -130,35 +153,46 @@ def _first(bad: Tensor) -> int:
     "Index of the first token for which `bad` (T,) or (T, K) holds."
     return int((bad if bad.ndim == 1 else bad.any(-1)).nonzero()[0])
 
+
 def _validate(r: Routing):
     T, E = r.logits.shape if r.logits.ndim == 2 else (None, None)
-    if T is None: raise ValueError(f"Routing.logits must be (T, E), got shape {tuple(r.logits.shape)}")
+    if T is None:
+        raise ValueError(f"Routing.logits must be (T, E), got shape {tuple(r.logits.shape)}")
     if r.experts.ndim != 2 or r.experts.shape != r.weights.shape or len(r.experts) != T:
-        raise ValueError(f"Routing.experts and weights must both be ({T}, K), got {tuple(r.experts.shape)} and {tuple(r.weights.shape)}")
-    if r.logits.dtype != torch.float32: raise ValueError(f"Routing.logits must be float32, got {r.logits.dtype}")
-    if r.experts.dtype != torch.int64: raise ValueError(f"Routing.experts must be int64, got {r.experts.dtype}")
+        raise ValueError(
+            f"Routing.experts and weights must both be ({T}, K), got {tuple(r.experts.shape)} and {tuple(r.weights.shape)}"
+        )
+    if r.logits.dtype != torch.float32:
+        raise ValueError(f"Routing.logits must be float32, got {r.logits.dtype}")
+    if r.experts.dtype != torch.int64:
+        raise ValueError(f"Routing.experts must be int64, got {r.experts.dtype}")
     unused = r.experts == E
-    broken = {"logits that are NaN or infinite": ~r.logits.isfinite(),
-              f"an expert outside 0..{E} ({E} marks an unused slot)": (r.experts < 0) | (r.experts > E),
-              "weights that are NaN or infinite": ~r.weights.isfinite(),
-              "a negative weight": r.weights < 0,
-              "a weight that is not 0 in an unused slot": unused & (r.weights != 0),
-              "a used slot behind an unused one": unused[:, :-1] & ~unused[:, 1:],
-              "slots that are not ordered by weight, largest first": r.weights[:, 1:] > r.weights[:, :-1]}
+    broken = {
+        "logits that are NaN or infinite": ~r.logits.isfinite(),
+        f"an expert outside 0..{E} ({E} marks an unused slot)": (r.experts < 0) | (r.experts > E),
+        "weights that are NaN or infinite": ~r.weights.isfinite(),
+        "a negative weight": r.weights < 0,
+        "a weight that is not 0 in an unused slot": unused & (r.weights != 0),
+        "a used slot behind an unused one": unused[:, :-1] & ~unused[:, 1:],
+        "slots that are not ordered by weight, largest first": r.weights[:, 1:] > r.weights[:, :-1],
+    }
     for what, bad in broken.items():
-        if bad.any(): raise ValueError(f"Routing breaks an invariant: {what}, first in token {_first(bad)}")
+        if bad.any():
+            raise ValueError(f"Routing breaks an invariant: {what}, first in token {_first(bad)}")
     ids = r.experts.sort(-1).values
     twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < E)
-    if twice.any(): raise ValueError(f"Routing breaks an invariant: an expert used twice, first in token {_first(twice)}")
+    if twice.any():
+        raise ValueError(f"Routing breaks an invariant: an expert used twice, first in token {_first(twice)}")
 
 # %% ../nbs/00_core.ipynb #cfea97f2-2
 @dataclass(frozen=True)
 class GateView:
     "One gate at one forward, as a rule sees it."
-    logits: Tensor                                  # (T, E) float32, raw
-    choice: Tensor                                  # (T, E) float32, what the model ranks by; -inf excludes
-    weigh: Callable[[Tensor], Tensor]               # experts (T, K), unused = E -> the model's own weights (T, K)
-    k: int                                          # the model's own experts per token
+
+    logits: Tensor  # (T, E) float32, raw
+    choice: Tensor  # (T, E) float32, what the model ranks by; -inf excludes
+    weigh: Callable[[Tensor], Tensor]  # experts (T, K), unused = E -> the model's own weights (T, K)
+    k: int  # the model's own experts per token
     context: Context = field(default_factory=Context)
 
     @property
@@ -173,20 +207,29 @@ def softmax_weigh(logits: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda experts: one_past_last(experts, probs)
 
 # %% ../nbs/00_core.ipynb #ce4ad190
-def as_view(gate: "GateView | Tensor",     # a view, or raw logits (T, E)
-            k: int | None = None,          # experts per token when `gate` is a tensor; default min(8, E)
-            context: Context | None = None,# when `gate` is a tensor
-           ) -> GateView:
+def as_view(
+    gate: "GateView | Tensor",  # a view, or raw logits (T, E)
+    k: int | None = None,  # experts per token when `gate` is a tensor; default min(8, E)
+    context: Context | None = None,  # when `gate` is a tensor
+) -> GateView:
     "Make a gate view of plain logits; a view passes through. Logits that are NaN or infinite are refused."
     if not isinstance(gate, GateView):
-        if not isinstance(gate, Tensor): raise TypeError(f"a rule takes a GateView or a logits tensor (T, E), got {type(gate).__name__}")
-        if gate.ndim != 2: raise ValueError(f"logits must be (T, E), got shape {tuple(gate.shape)}: flatten batch and sequence first")
+        if not isinstance(gate, Tensor):
+            raise TypeError(f"a rule takes a GateView or a logits tensor (T, E), got {type(gate).__name__}")
+        if gate.ndim != 2:
+            raise ValueError(f"logits must be (T, E), got shape {tuple(gate.shape)}: flatten batch and sequence first")
         logits = gate.float()
-        gate = GateView(logits, logits, softmax_weigh(logits), min(8, logits.shape[-1]) if k is None else k, context or Context())
-    if not gate.logits.sum().isfinite() and not gate.logits.isfinite().all():   # the sum alone is far cheaper, and NaN or inf survive it
+        gate = GateView(
+            logits, logits, softmax_weigh(logits), min(8, logits.shape[-1]) if k is None else k, context or Context()
+        )
+    if (
+        not gate.logits.sum().isfinite() and not gate.logits.isfinite().all()
+    ):  # the sum alone is far cheaper, and NaN or inf survive it
         bad = _first(~gate.logits.isfinite())
-        raise ValueError(f"gate logits are NaN or infinite, first in row {bad} of layer {gate.context.layer}: look for an overflow "
-                         "in the layers before it (half precision?) or a damaged checkpoint")
+        raise ValueError(
+            f"gate logits are NaN or infinite, first in row {bad} of layer {gate.context.layer}: look for an overflow "
+            "in the layers before it (half precision?) or a damaged checkpoint"
+        )
     return gate
 
 # %% ../nbs/00_core.ipynb #cfea97f2-3
@@ -194,24 +237,31 @@ def as_view(gate: "GateView | Tensor",     # a view, or raw logits (T, E)
 class Rule:
     "Base of all rules: call it with a gate view, get a `Routing`. Subclasses implement `decide(view)`."
 
-    def __call__(self,
-                 gate: "GateView | Tensor",   # a view, or raw logits (T, E)
-                ) -> Routing:
+    def __call__(
+        self,
+        gate: "GateView | Tensor",  # a view, or raw logits (T, E)
+    ) -> Routing:
         return self.decide(as_view(gate))
+
     def decide(self, view: GateView) -> Routing:
         "The decision for one view."
         raise TypeError(f"{type(self).__name__} does not implement decide(view)")
+
     def describe(self) -> dict:
         "The rule's name and parameters, as JSON can hold them."
+
         def plain(v):
-            if hasattr(v, "describe"): return v.describe()
+            if hasattr(v, "describe"):
+                return v.describe()
             return v if isinstance(v, (int, float, str, bool, type(None))) else str(v)
+
         return {"rule": type(self).__name__, **{f.name: plain(getattr(self, f.name)) for f in fields(self)}}
 
 # %% ../nbs/00_core.ipynb #c71541b4
-def keyed_generator(seed: int,              # of the run
-                    context: Context,       # gives forward and layer
-                   ) -> torch.Generator:    # on the CPU: draws do not depend on the device
+def keyed_generator(
+    seed: int,  # of the run
+    context: Context,  # gives forward and layer
+) -> torch.Generator:  # on the CPU: draws do not depend on the device
     "A generator whose draws depend on (seed, forward, layer) and on nothing else."
     mixed = (int(seed) * 1_000_003 + context.forward) * 1_009 + context.layer
     return torch.Generator().manual_seed(mixed % (1 << 63))
@@ -219,50 +269,74 @@ def keyed_generator(seed: int,              # of the run
 # %% ../nbs/00_core.ipynb #cb42fa3a
 class Router(nn.Module):
     "A linear scorer followed by a rule."
-    depth_shared = False               # one object for all layers of a model, or one a layer
-    def __init__(self,
-                 rule: Rule,                     # everything after scoring, in training
-                 hidden_size: int,               # H
-                 num_experts: int,               # E
-                 k: int | None = None,           # what rules with k = None take; default min(8, E)
-                 eval_rule: Rule | None = None,  # in evaluation; None: the same rule
-                 losses: dict[str, float] | None = None,  # auxiliary losses it is trained with -> coefficient
-                ):
+
+    depth_shared = False  # one object for all layers of a model, or one a layer
+
+    def __init__(
+        self,
+        rule: Rule,  # everything after scoring, in training
+        hidden_size: int,  # H
+        num_experts: int,  # E
+        k: int | None = None,  # what rules with k = None take; default min(8, E)
+        eval_rule: Rule | None = None,  # in evaluation; None: the same rule
+        losses: dict[str, float] | None = None,  # auxiliary losses it is trained with -> coefficient
+    ):
         super().__init__()
         in_range(hidden_size, 1, float("inf"), "hidden_size")
         in_range(num_experts, 1, float("inf"), "num_experts")
-        self.rule, self.eval_rule, self.k, self.losses, self.as_trained, self.num_experts = rule, eval_rule, k, dict(losses or {}), False, num_experts
+        self.rule, self.eval_rule, self.k, self.losses, self.as_trained, self.num_experts = (
+            rule,
+            eval_rule,
+            k,
+            dict(losses or {}),
+            False,
+            num_experts,
+        )
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
-        nn.init.normal_(self.weight, std=hidden_size ** -.5)
+        nn.init.normal_(self.weight, std=hidden_size**-0.5)
+
     def score(self, hidden: Tensor, context: Context, state) -> tuple[Tensor, object]:
         "Hidden states (T, H) float32 to logits (T, E), and the state for the next layer."
         return nn.functional.linear(hidden, self.weight.float()), state
+
     def view(self, logits: Tensor, context: Context) -> GateView:
         "The view that the rule decides on; routers that steer by a bias put it into `choice`."
         return as_view(logits, self.k, context)
-    def forward(self,
-                hidden: Tensor,                  # (T, H), any floating dtype
-                context: Context | None = None,  # of this layer and forward
-                state=None,                      # handed through depth; routers without memory return it unchanged
-               ) -> tuple[Routing, object]:
+
+    def forward(
+        self,
+        hidden: Tensor,  # (T, H), any floating dtype
+        context: Context | None = None,  # of this layer and forward
+        state=None,  # handed through depth; routers without memory return it unchanged
+    ) -> tuple[Routing, object]:
         context = context or Context()
-        with torch.autocast(hidden.device.type, enabled=False): logits, state = self.score(hidden.float(), context, state)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits, state = self.score(hidden.float(), context, state)
         rule = self.rule if self.training or self.as_trained or self.eval_rule is None else self.eval_rule
         return rule(self.view(logits, context)), state
-    def steer(self,
-              gather: Callable[[Tensor], Tensor] = lambda x: x,  # (N, ...) of this process -> (N of all processes, ...)
-             ) -> None:
+
+    def steer(
+        self,
+        gather: Callable[[Tensor], Tensor] = lambda x: x,  # (N, ...) of this process -> (N of all processes, ...)
+    ) -> None:
         "Change what balances the load, once after an optimizer step. Nothing to do for a router without such a state."
+
     def forget(self) -> None:
         "Drop what was gathered since the last `steer`: the step is done again."
-    def permute_(self, order: Tensor) -> None:   # (E,) int64
+
+    def permute_(self, order: Tensor) -> None:  # (E,) int64
         "Put the experts into another order, in weights and state."
         for t in (*self.parameters(), *self.buffers()):
-            if t.ndim and t.shape[0] == self.num_experts: t.data.copy_(t.data[order])
+            if t.ndim and t.shape[0] == self.num_experts:
+                t.data.copy_(t.data[order])
+
     def flops(self) -> float:
         "Matrix FLOPs of one token's logits."
         return 2.0 * self.weight.numel()
+
     def extra_repr(self) -> str:
         "The rules and losses, for printing."
         later = "" if self.eval_rule is None else f", evaluated with {self.eval_rule.describe()}"
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.rule.describe()}{later}" + (f", losses {self.losses}" if self.losses else "")
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.rule.describe()}{later}" + (
+            f", losses {self.losses}" if self.losses else ""
+        )

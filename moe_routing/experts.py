@@ -18,20 +18,24 @@ def plan_op(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     sizes = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].clone()
     return flat.sort(stable=True).indices, sizes
 
+
 @plan_op.register_fake
 def _(experts, num_experts):
     return (experts.new_empty(experts.numel(), dtype=torch.int64), experts.new_empty(num_experts, dtype=torch.int64))
 
 # %% ../nbs/21_experts.ipynb #ce791920
-def plan_slots(experts: Tensor,       # (T, K) int64, unused slots hold E
-               num_experts: int,      # E
-              ) -> tuple[Tensor, Tensor]:  # slots (S,) int64, used ones sorted by expert; sizes (E,) int64, slots of each expert
+def plan_slots(
+    experts: Tensor,  # (T, K) int64, unused slots hold E
+    num_experts: int,  # E
+) -> tuple[Tensor, Tensor]:  # slots (S,) int64, used ones sorted by expert; sizes (E,) int64, slots of each expert
     "Sort the used slots by expert; while compiling, unused slots stay at the end, as shapes must not depend on data."
-    if torch.compiler.is_compiling(): return plan_op(experts, num_experts)
+    if torch.compiler.is_compiling():
+        return plan_op(experts, num_experts)
     flat = experts.reshape(-1)
     counts = torch.bincount(flat, minlength=num_experts + 1)
     used = flat.numel() - int(counts[-1])
-    if used == flat.numel(): return flat.sort(stable=True).indices, counts[:-1]
+    if used == flat.numel():
+        return flat.sort(stable=True).indices, counts[:-1]
     keep = (flat < num_experts).nonzero().squeeze(1)
     return keep[flat[keep].sort(stable=True).indices], counts[:-1]
 
@@ -39,6 +43,7 @@ def plan_slots(experts: Tensor,       # (T, K) int64, unused slots hold E
 def _grouped(x: Tensor) -> bool:
     "Are all segments multiplied in one call?"
     return x.is_cuda
+
 
 def _segment_mm(x: Tensor, weight: Tensor, sizes: Tensor, out: Tensor | None = None) -> Tensor:
     "Rows of segment e of x (S, A) times weight[e] (A, B); rows behind the last segment are 0."
@@ -50,13 +55,17 @@ def _segment_mm(x: Tensor, weight: Tensor, sizes: Tensor, out: Tensor | None = N
     y = x.new_empty(len(x), weight.shape[-1])
     y[used:] = 0
     for a, w, o, n in zip(x[:used].split(sizes), weight.unbind(0), y[:used].split(sizes), sizes):
-        if n > 8: torch.mm(a, w, out=o)
-        elif n: o.copy_(torch.mm(w.t(), a.t()).t())       # for a few rows the matrix libraries are faster this way round
+        if n > 8:
+            torch.mm(a, w, out=o)
+        elif n:
+            o.copy_(torch.mm(w.t(), a.t()).t())  # for a few rows the matrix libraries are faster this way round
     return y
+
 
 def _segment_outer(a: Tensor, b: Tensor, sizes: Tensor) -> Tensor:
     "(E, A, B): for each segment e the product of its rows, a (S, A) transposed times b (S, B)."
-    if _grouped(a): return F.grouped_mm(a.t(), b, offs=sizes.cumsum(0, dtype=torch.int32))
+    if _grouped(a):
+        return F.grouped_mm(a.t(), b, offs=sizes.cumsum(0, dtype=torch.int32))
     sizes = sizes.tolist()
     used = sum(sizes)
     out = a.new_empty(len(sizes), a.shape[1], b.shape[1])
@@ -69,13 +78,14 @@ def _bias_rows(bias: Tensor, sizes: Tensor, n: int) -> Tensor:
     "(n, A): the bias (E, A) of each row's expert, 0 behind the last segment."
     rows = bias.new_zeros(n, bias.shape[1])
     used = bias.repeat_interleave(sizes, dim=0)
-    rows[:len(used)] = used
+    rows[: len(used)] = used
     return rows
+
 
 def _segment_sum(x: Tensor, sizes: Tensor) -> Tensor:
     "(E, A): the sum of the rows of each segment of x (S, A)."
     expert = torch.arange(len(sizes), device=x.device).repeat_interleave(sizes)
-    return x.new_zeros(len(sizes), x.shape[1]).index_add_(0, expert, x[:len(expert)])
+    return x.new_zeros(len(sizes), x.shape[1]).index_add_(0, expert, x[: len(expert)])
 
 # %% ../nbs/21_experts.ipynb #c9d26bf4
 @torch.library.custom_op("moe_routing::dispatch", mutates_args=())
@@ -84,20 +94,30 @@ def dispatch_op(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tenso
     y = _segment_mm(hidden.index_select(0, rows), weight, sizes)
     return y if bias is None else y.add_(_bias_rows(bias, sizes, len(rows)))
 
+
 @dispatch_op.register_fake
-def _(hidden, weight, bias, rows, sizes): return hidden.new_empty(rows.shape[0], weight.shape[-1])
+def _(hidden, weight, bias, rows, sizes):
+    return hidden.new_empty(rows.shape[0], weight.shape[-1])
+
 
 @torch.library.custom_op("moe_routing::dispatch_backward", mutates_args=())
-def dispatch_backward_op(grad: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor, sizes: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def dispatch_backward_op(
+    grad: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor, sizes: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     grad = grad.contiguous()
     into = hidden.new_zeros(hidden.shape).index_add_(0, rows, _segment_mm(grad, weight.transpose(1, 2), sizes))
     outer = _segment_outer(grad, hidden.index_select(0, rows), sizes).transpose(1, 2)
     return into, outer, _segment_sum(grad, sizes) if has_bias else grad.new_empty(0)
 
+
 @dispatch_backward_op.register_fake
 def _(grad, hidden, weight, rows, sizes, has_bias):
     E, A, B = weight.shape
-    return hidden.new_empty(hidden.shape), hidden.new_empty(E, B, A).transpose(1, 2), grad.new_empty((E, B) if has_bias else 0)
+    return (
+        hidden.new_empty(hidden.shape),
+        hidden.new_empty(E, B, A).transpose(1, 2),
+        grad.new_empty((E, B) if has_bias else 0),
+    )
 
 # %% ../nbs/21_experts.ipynb #c6c734c4
 def _dispatch_save(ctx, inputs, output):
@@ -105,9 +125,11 @@ def _dispatch_save(ctx, inputs, output):
     ctx.save_for_backward(hidden, weight, rows, sizes)
     ctx.has_bias = bias is not None
 
+
 def _dispatch_grad(ctx, grad):
     into, weight, bias = dispatch_backward_op(grad, *ctx.saved_tensors, ctx.has_bias)
     return into, weight, bias if ctx.has_bias else None, None, None
+
 
 dispatch_op.register_autograd(_dispatch_grad, setup_context=_dispatch_save)
 
@@ -116,53 +138,74 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     "The precision to sum in: at least float32."
     return torch.promote_types(dtype, torch.float32)
 
+
 def _gather_sum(y: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
     "(T, H): for each token the weighted sum of its rows of y (S, H); low precision is summed in float32."
     (T, K), dtype = weights.shape, y.dtype
-    if y.numel() == 0: return y.new_zeros(T, y.shape[1]) + y.sum()              # nothing to add, but still part of the graph
+    if y.numel() == 0:
+        return y.new_zeros(T, y.shape[1]) + y.sum()  # nothing to add, but still part of the graph
     y, weights = y.to(_wide(dtype)), weights.to(_wide(dtype))
     if len(slots) == weights.numel():
         where = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=slots.device))
         return F.embedding_bag(where.view(T, K), y, per_sample_weights=weights, mode="sum").to(dtype)
     in_order, where = slots.sort()
     counts = torch.bincount(in_order // K, minlength=T)
-    return F.embedding_bag(where, y, counts.cumsum(0) - counts, per_sample_weights=weights.reshape(-1)[in_order], mode="sum").to(dtype)
+    return F.embedding_bag(
+        where, y, counts.cumsum(0) - counts, per_sample_weights=weights.reshape(-1)[in_order], mode="sum"
+    ).to(dtype)
+
 
 @torch.library.custom_op("moe_routing::combine", mutates_args=())
-def combine_op(mid: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor, slots: Tensor, sizes: Tensor) -> Tensor:
+def combine_op(
+    mid: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor, slots: Tensor, sizes: Tensor
+) -> Tensor:
     "Sum over the slots of each token of weights (T, K) times [mid (S, A) times weight (E, A, H)]: (T, H)."
     y = _segment_mm(mid.contiguous(), weight, sizes)
-    if bias is not None: y.add_(_bias_rows(bias, sizes, len(slots)))
+    if bias is not None:
+        y.add_(_bias_rows(bias, sizes, len(slots)))
     return _gather_sum(y, weights, slots)
 
+
 @combine_op.register_fake
-def _(mid, weight, bias, weights, slots, sizes): return mid.new_empty(weights.shape[0], weight.shape[-1])
+def _(mid, weight, bias, weights, slots, sizes):
+    return mid.new_empty(weights.shape[0], weight.shape[-1])
 
 # %% ../nbs/21_experts.ipynb #c273b193
 @torch.library.custom_op("moe_routing::combine_backward", mutates_args=())
-def combine_backward_op(grad: Tensor, mid: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor, slots: Tensor,
-                        sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = grad.index_select(0, slots // weights.shape[1])                      # the gradient at each slot's token
-    back = _segment_mm(rows, weight.transpose(1, 2), sizes)                     # D^T G
+def combine_backward_op(
+    grad: Tensor, mid: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor, slots: Tensor, sizes: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = grad.index_select(0, slots // weights.shape[1])  # the gradient at each slot's token
+    back = _segment_mm(rows, weight.transpose(1, 2), sizes)  # D^T G
     along = (back * mid).sum(-1, dtype=_wide(mid.dtype))
-    if bias is not None: along += (rows * _bias_rows(bias, sizes, len(slots))).sum(-1, dtype=_wide(mid.dtype))
+    if bias is not None:
+        along += (rows * _bias_rows(bias, sizes, len(slots))).sum(-1, dtype=_wide(mid.dtype))
     d_weights = torch.zeros_like(weights).view(-1).index_copy_(0, slots, along.to(weights.dtype)).view_as(weights)
     w = weights.reshape(-1).index_select(0, slots).to(rows.dtype).unsqueeze(1)
     rows.mul_(w)
     outer = _segment_outer(mid.contiguous(), rows, sizes)
     return back.mul_(w), outer, _segment_sum(rows, sizes) if bias is not None else grad.new_empty(0), d_weights
 
+
 @combine_backward_op.register_fake
 def _(grad, mid, weight, bias, weights, slots, sizes):
-    return mid.new_empty(mid.shape), weight.new_empty(weight.shape), grad.new_empty(bias.shape if bias is not None else 0), weights.new_empty(weights.shape)
+    return (
+        mid.new_empty(mid.shape),
+        weight.new_empty(weight.shape),
+        grad.new_empty(bias.shape if bias is not None else 0),
+        weights.new_empty(weights.shape),
+    )
 
 # %% ../nbs/21_experts.ipynb #c9e3e0d7
-def _combine_save(ctx, inputs, output): ctx.save_for_backward(*inputs)
+def _combine_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
 
 def _combine_grad(ctx, grad):
     mid, weight, bias, weights, slots, sizes = ctx.saved_tensors
     mid, weight, d_bias, weights = combine_backward_op(grad.contiguous(), mid, weight, bias, weights, slots, sizes)
     return mid, weight, d_bias if bias is not None else None, weights, None, None
+
 
 combine_op.register_autograd(_combine_grad, setup_context=_combine_save)
 
@@ -171,8 +214,14 @@ def _declared(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor 
     "First projection (E, H, B), its bias, second projection (E, I, H), its bias: as views, whatever the layout."
     name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = getattr(module, name), module.down_proj
-    if not module.is_transposed: up, down = up.transpose(1, 2), down.transpose(1, 2)
-    return (up, getattr(module, name + "_bias"), down, module.down_proj_bias) if module.has_bias else (up, None, down, None)
+    if not module.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    return (
+        (up, getattr(module, name + "_bias"), down, module.down_proj_bias)
+        if module.has_bias
+        else (up, None, down, None)
+    )
+
 
 def _middle(module: nn.Module, x: Tensor) -> Tensor:
     "What lies between the projections: the module's own gating, or its activation."
@@ -183,6 +232,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     "x (n, A) times weight (A, B), plus bias (B,)."
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
+
 def _by_segment(module: nn.Module, hidden: Tensor, weights: Tensor, slots: Tensor, sizes: Tensor) -> Tensor:
     "The experts' output (T, H) without autograd, one segment at a time."
     up, up_bias, down, down_bias = [[None] * len(sizes) if p is None else p.unbind(0) for p in _declared(module)]
@@ -190,32 +240,43 @@ def _by_segment(module: nn.Module, hidden: Tensor, weights: Tensor, slots: Tenso
     out = torch.zeros_like(hidden, dtype=_wide(hidden.dtype))
     scale = weights.reshape(-1).index_select(0, slots).to(out.dtype).unsqueeze(1).split(sizes)
     for e, (row, w) in enumerate(zip(rows.split(sizes), scale)):
-        if not sizes[e]: continue
+        if not sizes[e]:
+            continue
         y = _linear(_middle(module, _linear(hidden.index_select(0, row), up[e], up_bias[e])), down[e], down_bias[e])
-        if module.has_post_expert_norm: y = module.post_expert_norm(y)
+        if module.has_post_expert_norm:
+            y = module.post_expert_norm(y)
         out.index_add_(0, row, y.to(out.dtype).mul_(w))
     return out
 
 # %% ../nbs/21_experts.ipynb #c38f65d4
-def ragged_experts(module: nn.Module,     # an experts module decorated by transformers
-                   hidden: Tensor,        # (T, H)
-                   experts: Tensor,       # (T, K) int64, unused slots hold E
-                   weights: Tensor,       # (T, K), 0 in unused slots
-                  ) -> Tensor:            # (T, H), dtype of hidden
+def ragged_experts(
+    module: nn.Module,  # an experts module decorated by transformers
+    hidden: Tensor,  # (T, H)
+    experts: Tensor,  # (T, K) int64, unused slots hold E
+    weights: Tensor,  # (T, K), 0 in unused slots
+) -> Tensor:  # (T, H), dtype of hidden
     "Dispatch, run and combine the used slots only; gradients reach hidden, weights and all parameters."
     up, up_bias, down, down_bias = _declared(module)
     slots, sizes = plan_slots(experts, up.shape[0])
-    if torch.is_autocast_enabled(hidden.device.type):      # products in autocast's precision, as in any other matrix product under it
+    if torch.is_autocast_enabled(
+        hidden.device.type
+    ):  # products in autocast's precision, as in any other matrix product under it
         low = torch.get_autocast_dtype(hidden.device.type)
         up, up_bias, down, down_bias = (p if p is None else p.to(low) for p in (up, up_bias, down, down_bias))
     x = hidden.to(up.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        long = not torch.compiler.is_compiling() and len(slots) >= 128 * len(sizes) and up.dtype == module.down_proj.dtype
+        long = (
+            not torch.compiler.is_compiling() and len(slots) >= 128 * len(sizes) and up.dtype == module.down_proj.dtype
+        )
         if long and not (torch.is_grad_enabled() or _grouped(hidden)):
             return _by_segment(module, x, weights, slots, sizes).to(hidden.dtype)
         mid = _middle(module, dispatch_op(x, up, up_bias, slots // experts.shape[1], sizes))
-        if not module.has_post_expert_norm: return combine_op(mid.to(down.dtype), down, down_bias, weights, slots, sizes).to(hidden.dtype)
-        y = module.post_expert_norm(dispatch_op(mid, down, down_bias, torch.arange(len(slots), device=mid.device), sizes))
+        if not module.has_post_expert_norm:
+            return combine_op(mid.to(down.dtype), down, down_bias, weights, slots, sizes).to(hidden.dtype)
+        y = module.post_expert_norm(
+            dispatch_op(mid, down, down_bias, torch.arange(len(slots), device=mid.device), sizes)
+        )
         return _gather_sum(y, weights, slots).to(hidden.dtype)
+
 
 ALL_EXPERTS_FUNCTIONS.register("ragged", ragged_experts)

@@ -12,22 +12,61 @@ from pathlib import Path
 from .settings import load_settings
 
 # %% ../nbs/02_figures.ipynb #cb95df85
-PALETTE = {"black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "yellow": "#F0E442",
-           "blue": "#0072B2", "vermilion": "#D55E00", "purple": "#CC79A7", "grey": "#8C8C8C"}   # Okabe and Ito 2008, and a grey
-ROUTER_STYLE = {"topk": ("black", "o"), "bh": ("blue", "s"), "by": ("sky", "D"), "hc": ("purple", "v"), "top_p": ("orange", "^"),
-                "threshold": ("green", "P"), "entropy_bands": ("yellow", "X"), "random": ("grey", "x"), "token_hash": ("grey", "+"),
-                "position_hash": ("grey", "1"), "uniform": ("grey", "2"), "dense": ("grey", "3"),
-                "switch": ("blue", "o"), "switch_top2": ("blue", "D"), "topk_aux": ("blue", "p"), "topk_z": ("sky", "s"),
-                "softk": ("black", "^"), "summed_topk": ("black", "v"), "expert_choice": ("vermilion", "*"), "expert_threshold": ("vermilion", "h"),
-                "sinkhorn": ("green", "<"), "sbase": ("green", ">"), "loss_free": ("orange", "X"), "quantile": ("orange", "d"),
-                "top1_as_shipped": ("purple", "o"), "topk_hard_as_shipped": ("purple", "p"),    # the marker of the trained form
-                "expert_choice_as_shipped": ("purple", "*"),
-                "spectra": ("vermilion", "P"), "spectra_no_expression": ("yellow", "s"), "spectra_no_gru": ("yellow", "^"), "spectra_no_repulsion": ("yellow", "D"), "spectra_no_quota": ("yellow", "v"),
-                "spectra_no_ortho": ("yellow", "p"), "spectra_all_removed": ("yellow", "*"), "spectra_as_shipped": ("purple", "P")}     # router -> colour name, marker
+PALETTE = {
+    "black": "#000000",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "green": "#009E73",
+    "yellow": "#F0E442",
+    "blue": "#0072B2",
+    "vermilion": "#D55E00",
+    "purple": "#CC79A7",
+    "grey": "#8C8C8C",
+}  # Okabe and Ito 2008, and a grey
+
+# %% ../nbs/02_figures.ipynb #fb58cdfb
+ROUTER_STYLE = {
+    "topk": ("black", "o"),
+    "bh": ("blue", "s"),
+    "by": ("sky", "D"),
+    "hc": ("purple", "v"),
+    "top_p": ("orange", "^"),
+    "threshold": ("green", "P"),
+    "entropy_bands": ("yellow", "X"),
+    "random": ("grey", "x"),
+    "token_hash": ("grey", "+"),
+    "position_hash": ("grey", "1"),
+    "uniform": ("grey", "2"),
+    "dense": ("grey", "3"),
+    "switch": ("blue", "o"),
+    "switch_top2": ("blue", "D"),
+    "topk_aux": ("blue", "p"),
+    "topk_z": ("sky", "s"),
+    "softk": ("black", "^"),
+    "summed_topk": ("black", "v"),
+    "expert_choice": ("vermilion", "*"),
+    "expert_threshold": ("vermilion", "h"),
+    "sinkhorn": ("green", "<"),
+    "sbase": ("green", ">"),
+    "loss_free": ("orange", "X"),
+    "quantile": ("orange", "d"),
+    "top1_as_shipped": ("purple", "o"),
+    "topk_hard_as_shipped": ("purple", "p"),  # the marker of the trained form
+    "expert_choice_as_shipped": ("purple", "*"),
+    "spectra": ("vermilion", "P"),
+    "spectra_no_expression": ("yellow", "s"),
+    "spectra_no_gru": ("yellow", "^"),
+    "spectra_no_repulsion": ("yellow", "D"),
+    "spectra_no_quota": ("yellow", "v"),
+    "spectra_no_ortho": ("yellow", "p"),
+    "spectra_all_removed": ("yellow", "*"),
+    "spectra_as_shipped": ("purple", "P"),
+}  # router -> colour name, marker
 
 # %% ../nbs/02_figures.ipynb #c7c61d66
-def router_style(router: str,        # a name of the zoo
-                ) -> dict:           # color=, marker= for matplotlib
+def router_style(
+    router: str,  # a name of the zoo
+) -> dict:  # color=, marker= for matplotlib
     "The fixed colour and marker of a router; an unlisted one is grey."
     colour, marker = ROUTER_STYLE.get(router, ("grey", "."))
     return {"color": PALETTE[colour], "marker": marker}
@@ -37,22 +76,38 @@ def use_style() -> None:
     "Set matplotlib up for this book: small type, no box, the palette as the colour cycle, SVG that is the same on every run."
     import matplotlib
     from cycler import cycler
-    matplotlib.rcParams.update({
-        "font.size": 8.5, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.prop_cycle": cycler(color=[PALETTE[c] for c in ("blue", "orange", "green", "vermilion", "sky", "purple", "black")]),
-        "figure.dpi": 75, "figure.constrained_layout.use": True, "legend.frameon": False, "legend.fontsize": 7.5,
-        "svg.hashsalt": "moe_routing", "lines.markersize": 4.5})
+
+    matplotlib.rcParams.update(
+        {
+            "font.size": 8.5,
+            "axes.titlesize": 9,
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.prop_cycle": cycler(
+                color=[PALETTE[c] for c in ("blue", "orange", "green", "vermilion", "sky", "purple", "black")]
+            ),
+            "figure.dpi": 75,
+            "figure.constrained_layout.use": True,
+            "legend.frameon": False,
+            "legend.fontsize": 7.5,
+            "svg.hashsalt": "moe_routing",
+            "lines.markersize": 4.5,
+        }
+    )
 
 # %% ../nbs/02_figures.ipynb #c696f73e
-def save_fig(fig,                                  # a matplotlib figure
-             name: str,                            # "<study>-<what>", letters, digits, - and _ only
-             source,                               # pandas DataFrame: the numbers that were drawn
-             folder: str | Path | None = None,     # default: figures/ of this repository
-            ) -> Path:                             # of the PNG
+def save_fig(
+    fig,  # a matplotlib figure
+    name: str,  # "<study>-<what>", letters, digits, - and _ only
+    source,  # pandas DataFrame: the numbers that were drawn
+    folder: str | Path | None = None,  # default: figures/ of this repository
+) -> Path:  # of the PNG
     "Write a figure as PNG and SVG with the CSV behind it; the same figure gives the same bytes."
     if not re.fullmatch(r"[A-Za-z0-9_]+(-[A-Za-z0-9_]+)+", name):
         raise ValueError(f"figure name {name!r}: use <study>-<what> with letters, digits and _ only")
-    if len(source) == 0: raise ValueError(f"figure {name!r}: the table behind it is empty")
+    if len(source) == 0:
+        raise ValueError(f"figure {name!r}: the table behind it is empty")
     settings = load_settings()
     folder = Path(folder or settings.root / "figures")
     folder.mkdir(parents=True, exist_ok=True)

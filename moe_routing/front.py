@@ -14,69 +14,154 @@ from .book import parts
 from .settings import find_root, load_study
 
 # %% ../nbs/83_front.ipynb #2633729a
-def quote(pattern: str,              # regular expression with groups; ^ and $ are ends of lines
-          text: str,                 # a report
-          where: str = "the report", # for the error
-         ) -> tuple[str, ...]:       # the groups
+def quote(
+    pattern: str,  # regular expression with groups; ^ and $ are ends of lines
+    text: str,  # a report
+    where: str = "the report",  # for the error
+) -> tuple[str, ...]:  # the groups
     "A passage of a report; ValueError when the report does not say it."
     found = re.search(pattern, text, re.M)
-    if not found: raise ValueError(f"{where} does not say what the first page quotes: {pattern!r}; bring its pattern in nbs/83_front.ipynb up to date")
+    if not found:
+        raise ValueError(
+            f"{where} does not say what the first page quotes: {pattern!r}; bring its pattern in nbs/83_front.ipynb up to date"
+        )
     return found.groups()
 
 # %% ../nbs/83_front.ipynb #facb1211
-_VALUE = r"-?[\d.]+ \[[^\]]+\]"          # estimate [low, high]
+_VALUE = r"-?[\d.]+ \[[^\]]+\]"  # estimate [low, high]
+
 
 def _bh(text, where):
-    of, better, worse, low, high = quote(r"perplexity ratio, (\d+) BH.*?better in (\d+), worse in (\d+),.*?range ([\d.]+) to ([\d.]*\d)", text, where)
-    best, = quote(r"Best trade-off, BH\*\* .*?: (.*)\.$", text, where)
-    cheapest = "no setting is within the tolerance" if best == "none of them" else "the cheapest setting within the tolerance uses {} experts, ratio {} to the model's own".format(*quote(rf"with ([\d.]+) experts, ratio ({_VALUE})", best, where))
+    of, better, worse, low, high = quote(
+        r"perplexity ratio, (\d+) BH.*?better in (\d+), worse in (\d+),.*?range ([\d.]+) to ([\d.]*\d)", text, where
+    )
+    (best,) = quote(r"Best trade-off, BH\*\* .*?: (.*)\.$", text, where)
+    cheapest = (
+        "no setting is within the tolerance"
+        if best == "none of them"
+        else "the cheapest setting within the tolerance uses {} experts, ratio {} to the model's own".format(
+            *quote(rf"with ([\d.]+) experts, ratio ({_VALUE})", best, where)
+        )
+    )
     return f"With as many experts as fixed top-k better in {better}, worse in {worse} of {of} settings, perplexity ratio {low} to {high}; {cheapest}"
 
+
 def _routers(text, where):
-    answers = re.findall(r"^- \*\*((?:Matched active compute|Equal width), [^*]+)\*\*: lowest mean loss (\w+).*?Of \d+ pairs (\d+) differ, (\d+) are equivalent, (\d+) undecided", text, re.M)
-    if not answers: quote(r"lowest mean loss (\w+)", text, where)
+    answers = re.findall(
+        r"^- \*\*((?:Matched active compute|Equal width), [^*]+)\*\*: lowest mean loss (\w+).*?Of \d+ pairs (\d+) differ, (\d+) are equivalent, (\d+) undecided",
+        text,
+        re.M,
+    )
+    if not answers:
+        quote(r"lowest mean loss (\w+)", text, where)
     table, first, differ, same, open_ = next((a for a in reversed(answers) if a[0].startswith("Matched")), answers[-1])
-    loss, = quote(rf"^\| {first} +\| \d+ +\| ({_VALUE})", text[text.index(f"## {table}"):], where)
-    alike = re.findall(r"^- this study and routers: (?:(tau [^;]+); (.*)|the two tables share (\d+) routers.*)$", text, re.M)
-    order = "" if not alike or "ranking" not in text.split("\n")[0] else f"Against the order in `routers`: {alike[0][0]}, {alike[0][1].rstrip('.')}. " if alike[0][0] else f"Cannot be told: this table and that of `routers` share {alike[0][2]} routers. "
+    (loss,) = quote(rf"^\| {first} +\| \d+ +\| ({_VALUE})", text[text.index(f"## {table}") :], where)
+    alike = re.findall(
+        r"^- this study and routers: (?:(tau [^;]+); (.*)|the two tables share (\d+) routers.*)$", text, re.M
+    )
+    order = (
+        ""
+        if not alike or "ranking" not in text.split("\n")[0]
+        else f"Against the order in `routers`: {alike[0][0]}, {alike[0][1].rstrip('.')}. "
+        if alike[0][0]
+        else f"Cannot be told: this table and that of `routers` share {alike[0][2]} routers. "
+    )
     return f"{order}{table}: lowest loss {first}, {loss}; pairs of routers: {differ} differ, {same} equivalent, {open_} undecided"
 
-def _balance(text, where): return "MaxVio above what random routing shows, the smallest: " + quote(r"Closest to the floor: (.*?\])\.$", text, where)[0] + "; shown to meet both limits: " + quote(r"both shown: (\w+)", text, where)[0]
+# %% ../nbs/83_front.ipynb #6cb1edc1
+def _balance(text, where):
+    return (
+        "MaxVio above what random routing shows, the smallest: "
+        + quote(r"Closest to the floor: (.*?\])\.$", text, where)[0]
+        + "; shown to meet both limits: "
+        + quote(r"both shown: (\w+)", text, where)[0]
+    )
+
 
 def _capacity(text, where):
-    verdict, = quote(r'eliminates token dropping": (\w+)', text, where)
+    (verdict,) = quote(r'eliminates token dropping": (\w+)', text, where)
     low, high = quote(r"trained routing, factor 1.1: .*?([\d.]+) to ([\d.]+) % dropped", text, where)
-    law, = quote(r"The drop law\*\*, trained routing at \d+ tokens: within ([\d.]+) percentage points", text, where)
-    return f"\"1.05 to 1.10 eliminates drops\" {verdict}: the gates of a trained, unbalanced model drop {low} to {high} % at 1.1; the drop law is within {law} points of that"
+    (law,) = quote(r"The drop law\*\*, trained routing at \d+ tokens: within ([\d.]+) percentage points", text, where)
+    return f'"1.05 to 1.10 eliminates drops" {verdict}: the gates of a trained, unbalanced model drop {low} to {high} % at 1.1; the drop law is within {law} points of that'
 
+# %% ../nbs/83_front.ipynb #8fa28b15
 def _spectra(text, where):
     if "## Hypotheses" in text:
         rows = re.findall(rf"^\| (H\d) \| .*?\| (\w+) +\| ({_VALUE})", text, re.M)
         count = Counter(verdict for _, verdict, _ in rows)
-        won, lost, least = quote(r"### H1\..*?comparisons: (\d+) shown for it, (\d+) shown against it.*?least favourable: (loss against \w+)", text.replace("\n", " "), where)
-        return ", ".join(f"{n} {verdict}" for verdict, n in count.most_common()) + f" of {len(rows)} hypotheses; H1 (better than Switch) {rows[0][1]}: {won} comparisons for it, {lost} against it, the least favourable {rows[0][2]} ({least}; above 0 would speak for SPECTRA)"
+        won, lost, least = quote(
+            r"### H1\..*?comparisons: (\d+) shown for it, (\d+) shown against it.*?least favourable: (loss against \w+)",
+            text.replace("\n", " "),
+            where,
+        )
+        return (
+            ", ".join(f"{n} {verdict}" for verdict, n in count.most_common())
+            + f" of {len(rows)} hypotheses; H1 (better than Switch) {rows[0][1]}: {won} comparisons for it, {lost} against it, the least favourable {rows[0][2]} ({least}; above 0 would speak for SPECTRA)"
+        )
     if "## Two sizes" in text:
-        change, seeds = quote(rf"^\| gain at the larger size minus gain at the smaller +\| ({_VALUE}) .*?\| (\d+) seeds", text, where)
-        return "H6 {}: gain over Switch at the larger size {} % of its loss, {} points more than at the smaller; {} seeds would decide the change".format(*quote(r"larger models: (\w+)", text, where), *quote(rf"^\| gain at the larger size +\| ({_VALUE})", text, where), change, seeds)
+        change, seeds = quote(
+            rf"^\| gain at the larger size minus gain at the smaller +\| ({_VALUE}) .*?\| (\d+) seeds", text, where
+        )
+        return "H6 {}: gain over Switch at the larger size {} % of its loss, {} points more than at the smaller; {} seeds would decide the change".format(
+            *quote(r"larger models: (\w+)", text, where),
+            *quote(rf"^\| gain at the larger size +\| ({_VALUE})", text, where),
+            change,
+            seeds,
+        )
     if "## Long text" in text:
-        rows = re.findall(rf"^\| spectra +\| (\d+) +\| \d+ +\| ({_VALUE}) \(random ([\d.]+)\).*?\| +\d+ +\| ([\d.]+)", text, re.M)
+        rows = re.findall(
+            rf"^\| spectra +\| (\d+) +\| \d+ +\| ({_VALUE}) \(random ([\d.]+)\).*?\| +\d+ +\| ([\d.]+)", text, re.M
+        )
         (few, short, _, _), (many, long, chance, memory) = rows[0], rows[-1]
         return f"Consistency {short} at {few} tokens, {long} at {many} (chance {chance}); memory there {memory} of that at 8k"
-    reached, cv = quote(rf"the lowest: (\w+)\*\*.*?demand CV [\d.]+, ([\d.]+(?: \[[^\]]+\])?) above", text, where)
-    best, = quote(r"best within the cost, (`[^`]+`)", text, where)
+    reached, cv = quote(r"the lowest: (\w+)\*\*.*?demand CV [\d.]+, ([\d.]+(?: \[[^\]]+\])?) above", text, where)
+    (best,) = quote(r"best within the cost, (`[^`]+`)", text, where)
     default = re.findall(rf"^\| default +\|[^|]*\|[^|]*\|[^|]*\| ({_VALUE})[^|]*\|[^|]*\| ({_VALUE})", text, re.M)
-    return f"{reached.capitalize()}: load CV {cv} above its floor within 1 % of the lowest loss, by {best}" + (f"; the defaults are {default[0][0]} above it and cost {default[0][1]} % of loss" if default else "")
+    return f"{reached.capitalize()}: load CV {cv} above its floor within 1 % of the lowest loss, by {best}" + (
+        f"; the defaults are {default[0][0]} above it and cost {default[0][1]} % of loss" if default else ""
+    )
 
+# %% ../nbs/83_front.ipynb #b9a45a86
 def _prediction(text, where):
-    said = [quote(rf"{horizon} ([\d.]+) % \(.*?gain ({_VALUE}) points", text, where) for horizon in ("before attention", "one token ahead")]
-    control, = quote(r"recorded experts for ([\d.]+) %", text, where)
+    said = [
+        quote(rf"{horizon} ([\d.]+) % \(.*?gain ({_VALUE}) points", text, where)
+        for horizon in ("before attention", "one token ahead")
+    ]
+    (control,) = quote(r"recorded experts for ([\d.]+) %", text, where)
     pays, saved = quote(r"one layer ahead (\w+) \((-?[\d.]+ %) of the time saved\)", text, where)
     return f"Before attention {said[0][0]} % of the needed experts, {said[0][1]} points over the best free guess; one token ahead {said[1][0]} %, {said[1][1]}; the gate itself, as control, {control} %. Fetching by it one layer ahead {pays}: {saved} of the time, in a replay with an assumed link"
 
-ANSWERS = {"bh_routing_report": _bh, "routers_report": _routers, "balance_report": _balance, "capacity_report": _capacity, "spectra_report": _spectra, "prediction_report": _prediction}
+
+ANSWERS = {
+    "bh_routing_report": _bh,
+    "routers_report": _routers,
+    "balance_report": _balance,
+    "capacity_report": _capacity,
+    "spectra_report": _spectra,
+    "prediction_report": _prediction,
+}
 
 # %% ../nbs/83_front.ipynb #c5f9966a
-STUDIES = ("bh_sweep", "bh_sweep_as_seeded", "bh_first_grid", "routers", "larger", "subword", "routers_tinystories", "balance", "capacity", "spectra", "spectra_scaling", "spectra_sweeps", "spectra_search", "spectra_long", "sft", "prediction", "seven_day")
+STUDIES = (
+    "bh_sweep",
+    "bh_sweep_as_seeded",
+    "bh_first_grid",
+    "routers",
+    "larger",
+    "subword",
+    "routers_tinystories",
+    "balance",
+    "capacity",
+    "spectra",
+    "spectra_scaling",
+    "spectra_sweeps",
+    "spectra_search",
+    "spectra_long",
+    "sft",
+    "prediction",
+    "seven_day",
+)
+
 
 def reports(root: Path) -> dict[str, Path]:
     "Study -> its report, where there is one."
@@ -84,58 +169,95 @@ def reports(root: Path) -> dict[str, Path]:
     for name in STUDIES:
         stem = load_study(Path(root) / "papermill_runs" / "studies" / f"{name}.yaml").report
         path = Path(root) / "papermill_runs" / name / f"{stem}.md"
-        if stem and path.exists(): found[name] = path
+        if stem and path.exists():
+            found[name] = path
     return found
 
-def study_rows(root: Path | None = None  # of the repository
-              ) -> list[dict]:           # study, question, answer, runs, report
+# %% ../nbs/83_front.ipynb #fad1e155
+def study_rows(
+    root: Path | None = None,  # of the repository
+) -> list[dict]:  # study, question, answer, runs, report
     "What each published study asked and found; ValueError when a report no longer says what is quoted."
     root, rows = Path(root or find_root()), []
     for name, path in reports(root).items():
         text, where = path.read_text(), path.relative_to(root).as_posix()
         answer = ANSWERS.get(path.stem, lambda text, where: "in the report")(text, where)
         question = load_study(root / "papermill_runs" / "studies" / f"{name}.yaml").question
-        runs, = quote(r"(\d+)(?: of \d+)? runs", text, where)
-        rows.append({"study": name, "question": question[:1].upper() + question[1:], "answer": answer, "runs": int(runs), "report": where})
+        (runs,) = quote(r"(\d+)(?: of \d+)? runs", text, where)
+        rows.append(
+            {
+                "study": name,
+                "question": question[:1].upper() + question[1:],
+                "answer": answer,
+                "runs": int(runs),
+                "report": where,
+            }
+        )
     return rows
 
-def study_table(rows: list[dict],        # from `study_rows`
-                up: str = "../",         # from the page to the top level
-               ) -> str:
+
+def study_table(
+    rows: list[dict],  # from `study_rows`
+    up: str = "../",  # from the page to the top level
+) -> str:
     "The rows as Markdown."
     line = "| [{study}]({up}{report}) | {question} | {answer} | {runs} |"
-    return "| study | question | answer | runs |\n|---|---|---|---:|\n" + "\n".join(line.format(up=up, **{k: str(v).replace("|", "\\|") for k, v in row.items()}) for row in rows)
+    return "| study | question | answer | runs |\n|---|---|---|---:|\n" + "\n".join(
+        line.format(up=up, **{k: str(v).replace("|", "\\|") for k, v in row.items()}) for row in rows
+    )
 
 # %% ../nbs/83_front.ipynb #d015436e
 def headline(root: Path | None = None) -> str:
     "Two sentences, from the reports of bh_sweep, routers and prediction."
-    from moe_routing.routers.zoo import ROUTERS        # brings torch along, which the rest of the page does not need
+    from moe_routing.routers.zoo import ROUTERS  # brings torch along, which the rest of the page does not need
+
     root = Path(root or find_root())
     found = reports(root)
     text = {name: found[name].read_text() for name in ("bh_sweep", "routers", "prediction")}
-    of, better, worse = quote(r"perplexity ratio, (\d+) BH.*?better in (\d+), worse in (\d+),", text["bh_sweep"], "bh_sweep")
+    of, better, worse = quote(
+        r"perplexity ratio, (\d+) BH.*?better in (\d+), worse in (\d+),", text["bh_sweep"], "bh_sweep"
+    )
     open_, all_ = reversed(quote(r"accuracy difference, (\d+) BH.*?undecided in (\d+)", text["bh_sweep"], "bh_sweep"))
-    low, high, threshold = quote(r"^- \*\*threshold\*\*.*?from ([\d.]+) to ([\d.]+); better in (\d+)", text["bh_sweep"], "bh_sweep")
+    low, high, threshold = quote(
+        r"^- \*\*threshold\*\*.*?from ([\d.]+) to ([\d.]+); better in (\d+)", text["bh_sweep"], "bh_sweep"
+    )
     tried = len(set(re.findall(r"^\| (\w+_threshold_a\d+) +\| wikitext", text["bh_sweep"], re.M)))
     lowest = re.findall(r"^- \*\*Matched active compute.*?lowest mean loss (\w+)", text["routers"], re.M)[-1]
-    share, free, gain = quote(rf"one layer ahead ([\d.]+) % \(\w+; best guess that costs nothing ([\d.]+), \w+; gain ({_VALUE}) points", text["prediction"], "prediction")
-    return (f"On the one small model on which rules were exchanged after training, choosing the number of experts by a statistical test (Benjamini-Hochberg, BH) has a better perplexity than fixed top-k with as many experts in {better} and a worse one in {worse} of {of} settings (accuracies: undecided in {open_} of {all_}), a plain probability threshold a better one in {threshold} of {tried} (ratio {low} to {high}); "
-            f"of the routers trained alike on characters `{lowest}` ({ROUTERS[lowest].group}: {ROUTERS[lowest].summary}) has the lowest loss. "
-            f"What a router will choose can be foreseen: one layer ahead {share} % of the experts, {gain} points more than the {free} % of a table of token pairs.")
+    share, free, gain = quote(
+        rf"one layer ahead ([\d.]+) % \(\w+; best guess that costs nothing ([\d.]+), \w+; gain ({_VALUE}) points",
+        text["prediction"],
+        "prediction",
+    )
+    return (
+        f"On the one small model on which rules were exchanged after training, choosing the number of experts by a statistical test (Benjamini-Hochberg, BH) has a better perplexity than fixed top-k with as many experts in {better} and a worse one in {worse} of {of} settings (accuracies: undecided in {open_} of {all_}), a plain probability threshold a better one in {threshold} of {tried} (ratio {low} to {high}); "
+        f"of the routers trained alike on characters `{lowest}` ({ROUTERS[lowest].group}: {ROUTERS[lowest].summary}) has the lowest loss. "
+        f"What a router will choose can be foreseen: one layer ahead {share} % of the experts, {gain} points more than the {free} % of a table of token pairs."
+    )
 
 # %% ../nbs/83_front.ipynb #64c907b7
-_NAMED = {"papermill_runs/claims/claims.md": "verdicts on every claim of the five documents", "figures/benchmarks.md": "speed and quality targets, measured",
-          "papermill_runs/report/report.md": "all of it as one report, beside it a LaTeX paper and slides", "LOG.md": "what was tried and did not work"}
+_NAMED = {
+    "papermill_runs/claims/claims.md": "verdicts on every claim of the five documents",
+    "figures/benchmarks.md": "speed and quality targets, measured",
+    "papermill_runs/report/report.md": "all of it as one report, beside it a LaTeX paper and slides",
+    "LOG.md": "what was tried and did not work",
+}
+
 
 def book_map(root: Path | None = None, up: str = "../") -> str:
     "The parts of the book as a Markdown table; reports have a table of their own."
     root, lines = Path(root or find_root()), []
     for part, pages in parts(root).items():
-        if part in ("Reports", "About"): continue
+        if part in ("Reports", "About"):
+            continue
         lines.append(f"| {part} | " + " · ".join(f"[{Path(name).name}]({up}{name}.ipynb)" for _, name in pages) + " |")
     return "| part | chapters |\n|---|---|\n" + "\n".join(lines)
+
 
 def further(root: Path | None = None, up: str = "../") -> str:
     "Links to what lies beside the studies, where it is there."
     root = Path(root or find_root())
-    return "Beside the studies: " + ", ".join(f"[{words}]({up}{path})" for path, words in _NAMED.items() if (root / path).exists()) + "."
+    return (
+        "Beside the studies: "
+        + ", ".join(f"[{words}]({up}{path})" for path, words in _NAMED.items() if (root / path).exists())
+        + "."
+    )

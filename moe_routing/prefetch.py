@@ -22,77 +22,112 @@ from torch import Tensor, nn
 
 from .core import in_range, known
 from .metrics.cost import with_shapes
-from .patching import moe_layers
+from .patching.probe import moe_layers
 from .routers.topk import whole
 from .stats import FEW, Interval, paired_ratio
 
 # %% ../nbs/52_prefetch.ipynb #cd2bd571
-POLICIES = {"none": "no cache, every access is a load", "random": "evicts any item with equal probability", "static": "evicts what was least frequent in other text",
-            "lru": "evicts what was used longest ago", "lfu": "evicts what was used least since the start", "least_stale": "evicts what this forward has gone past, longest unused first",
-            "predicted": "evicts what the latest prediction ranks lowest", "belady": "evicts what is used farthest in the future: a bound"}
+POLICIES = {
+    "none": "no cache, every access is a load",
+    "random": "evicts any item with equal probability",
+    "static": "evicts what was least frequent in other text",
+    "lru": "evicts what was used longest ago",
+    "lfu": "evicts what was used least since the start",
+    "least_stale": "evicts what this forward has gone past, longest unused first",
+    "predicted": "evicts what the latest prediction ranks lowest",
+    "belady": "evicts what is used farthest in the future: a bound",
+}
 
 # %% ../nbs/52_prefetch.ipynb #cfea97f2
 @dataclass(frozen=True)
 class Replay:
     "What one policy did on one trace; made by `replay`."
+
     policy: str
-    scope: str                            # "layer" or "global"
-    capacity: int                         # experts: of each layer, or of all
-    prefetch: int                         # experts fetched ahead for each step, at most
-    horizon: int                          # steps ahead
-    num_tokens: int                       # T
-    num_layers: int                       # L
-    num_experts: int                      # E
-    expert_bytes: float                   # of one expert of one layer
-    useful: int                           # speculative loads that were used before they were evicted
-    collisions: int                       # misses on an expert that was evicted since this token's forward began
-    demand: np.ndarray = field(repr=False)          # (T L,) demand loads of each step: its misses
-    speculative: np.ndarray = field(repr=False)     # (T L,) speculative loads issued while the step is computed
-    waits: np.ndarray = field(repr=False)           # (T L,) the last speculative load the step makes first use of, as step << 16 | place in its batch; -1: none
-    sample_accesses: np.ndarray = field(repr=False) # (S,) accesses of each sample
-    sample_misses: np.ndarray = field(repr=False)   # (S,)
-    sample_tokens: np.ndarray = field(repr=False)   # (S,)
+    scope: str  # "layer" or "global"
+    capacity: int  # experts: of each layer, or of all
+    prefetch: int  # experts fetched ahead for each step, at most
+    horizon: int  # steps ahead
+    num_tokens: int  # T
+    num_layers: int  # L
+    num_experts: int  # E
+    expert_bytes: float  # of one expert of one layer
+    useful: int  # speculative loads that were used before they were evicted
+    collisions: int  # misses on an expert that was evicted since this token's forward began
+    demand: np.ndarray = field(repr=False)  # (T L,) demand loads of each step: its misses
+    speculative: np.ndarray = field(repr=False)  # (T L,) speculative loads issued while the step is computed
+    waits: np.ndarray = field(
+        repr=False
+    )  # (T L,) the last speculative load the step makes first use of, as step << 16 | place in its batch; -1: none
+    sample_accesses: np.ndarray = field(repr=False)  # (S,) accesses of each sample
+    sample_misses: np.ndarray = field(repr=False)  # (S,)
+    sample_tokens: np.ndarray = field(repr=False)  # (S,)
 
     @property
     def accesses(self) -> int:
         "Used slots of the trace."
         return int(self.sample_accesses.sum())
+
     @property
     def misses(self) -> int:
         "Accesses that found nothing: demand loads."
         return int(self.sample_misses.sum())
+
     @property
     def hits(self) -> int:
         "Accesses that found their expert."
         return self.accesses - self.misses
+
     @property
     def hit_rate(self) -> float:
         "hits / accesses"
         return self.hits / self.accesses if self.accesses else float("nan")
+
     @property
     def fetched(self) -> int:
         "Speculative loads."
         return int(self.speculative.sum())
+
     @property
     def loads(self) -> int:
         "Demand and speculative loads."
         return self.misses + self.fetched
+
     @property
     def bytes(self) -> float:
         "Moved in total."
         return self.loads * self.expert_bytes
+
     @property
     def useful_ratio(self) -> float | None:
         "Share of the speculative loads that were used before eviction; one still unused at the end counts as not used. None without any."
         return self.useful / self.fetched if self.fetched else None
+
     def as_dict(self) -> dict:
         "Counts and rates, as JSON can hold them."
-        names = ("policy", "scope", "capacity", "prefetch", "horizon", "accesses", "hits", "misses", "hit_rate", "fetched", "useful", "useful_ratio", "collisions", "loads", "bytes")
+        names = (
+            "policy",
+            "scope",
+            "capacity",
+            "prefetch",
+            "horizon",
+            "accesses",
+            "hits",
+            "misses",
+            "hit_rate",
+            "fetched",
+            "useful",
+            "useful_ratio",
+            "collisions",
+            "loads",
+            "bytes",
+        )
         return {n: getattr(self, n) for n in names} | {"loads_per_token": self.loads / self.num_tokens}
 
 # %% ../nbs/52_prefetch.ipynb #c859d7d1
 class _Store:
     "One cache during a replay. Ranks are integers rank * items + item, so that the heap's entries name their item."
+
     def __init__(self, items: int, capacity: int, first: list, rng: Random | None):
         self.items, self.capacity, self.rng = items, capacity, rng
         self.latest, self.bonus, self.rank = list(first), [0] * items, [None] * items
@@ -106,29 +141,38 @@ class _Store:
         while i >= 0:
             yield i
             i = self.cached.find(1, i + 1, self.items if high is None else high)
+
     def enter(self, items) -> None:
         "Put cached items into the heap under their present rank."
         for i in items:
             self.rank[i] = k = self.latest[i] + self.bonus[i]
             heappush(self.heap, k)
+
     def rebuild(self) -> None:
         "Leave only present ranks in the heap."
         rank, latest, bonus = self.rank, self.latest, self.bonus
-        for i in self.members(): rank[i] = latest[i] + bonus[i]
+        for i in self.members():
+            rank[i] = latest[i] + bonus[i]
         self.heap[:] = [rank[i] for i in self.members()]
         heapify(self.heap)
+
     def change(self, low: int, bonus: list) -> None:
         "Give the items from `low` on another bonus."
-        self.bonus[low:low + len(bonus)] = bonus
-        if len(bonus) == self.items: self.rebuild()
-        else: self.enter(self.members(low, low + len(bonus)))
+        self.bonus[low : low + len(bonus)] = bonus
+        if len(bonus) == self.items:
+            self.rebuild()
+        else:
+            self.enter(self.members(low, low + len(bonus)))
+
     def add(self, i: int) -> None:
         self.cached[i] = 1
         self.size += 1
-        if self.rng is None: self.enter((i,))
+        if self.rng is None:
+            self.enter((i,))
         else:
             self.place[i] = len(self.slots)
             self.slots.append(i)
+
     def drop(self, i: int, token: int) -> None:
         self.cached[i] = self.fresh[i] = 0
         self.size -= 1
@@ -136,106 +180,149 @@ class _Store:
         if self.rng is not None:
             self.slots[self.place[i]] = self.slots[-1]
             self.place[self.slots.pop()] = self.place[i]
+
     def clear(self) -> None:
-        for i in list(self.members()): self.drop(i, -1)
+        for i in list(self.members()):
+            self.drop(i, -1)
         self.heap.clear()
         self.gone = [-1] * self.items
 
 # %% ../nbs/52_prefetch.ipynb #c3bb6fcc
 def _lowest(store: _Store, count: int, guard: int, forced: bool) -> list[int]:
     "The items to evict: neither pinned at or after `guard` nor held; held ones when forced and there are no others. May be fewer than `count`."
-    items, rank, cached, pinned, held, heap = store.items, store.rank, store.cached, store.pinned, store.held, store.heap
+    items, rank, cached, pinned, held, heap = (
+        store.items,
+        store.rank,
+        store.cached,
+        store.pinned,
+        store.held,
+        store.heap,
+    )
     aside, found = [], []
     while heap and len(found) < count:
         k = heappop(heap)
         i = k % items
-        if rank[i] != k or not cached[i]: continue
-        if pinned[i] >= guard or held[i]: aside.append(k)
-        elif i not in found: found.append(i)
+        if rank[i] != k or not cached[i]:
+            continue
+        if pinned[i] >= guard or held[i]:
+            aside.append(k)
+        elif i not in found:
+            found.append(i)
     for k in aside:
         i = k % items
-        if forced and len(found) < count and pinned[i] < guard and i not in found: found.append(i)
-        else: heappush(heap, k)
+        if forced and len(found) < count and pinned[i] < guard and i not in found:
+            found.append(i)
+        else:
+            heappush(heap, k)
     return found
+
 
 def _any(store: _Store, guard: int, forced: bool) -> int:
     "Any item that may go, with equal probability; -1: none."
-    for _ in range(8):                                     # most draws are allowed; only a nearly pinned cache needs the list
+    for _ in range(8):  # most draws are allowed; only a nearly pinned cache needs the list
         i = store.slots[store.rng.randrange(len(store.slots))]
-        if store.pinned[i] < guard and not store.held[i]: return i
+        if store.pinned[i] < guard and not store.held[i]:
+            return i
     able = [i for i in store.slots if store.pinned[i] < guard]
     free = [i for i in able if not store.held[i]] or (able if forced else [])
     return store.rng.choice(free) if free else -1
 
+# %% ../nbs/52_prefetch.ipynb #1fd1057a
 def _evict(store: _Store, count: int, guard: int, forced: bool, token: int) -> None:
     "Evict so many items, or as many as may go."
     if store.rng is None:
-        for i in _lowest(store, count, guard, forced): store.drop(i, token)
+        for i in _lowest(store, count, guard, forced):
+            store.drop(i, token)
     else:
         for _ in range(count):
-            if store.slots and (i := _any(store, guard, forced)) >= 0: store.drop(i, token)
+            if store.slots and (i := _any(store, guard, forced)) >= 0:
+                store.drop(i, token)
+
 
 def _refill(store: _Store, need: list, token: int) -> None:
     "After a step that needs more than fits: the best of what was there and what was needed."
     pool = sorted({*store.members(), *need}, key=lambda i: store.latest[i] + store.bonus[i])
-    keep = set(pool[-store.capacity:] if store.rng is None else store.rng.sample(pool, store.capacity))
+    keep = set(pool[-store.capacity :] if store.rng is None else store.rng.sample(pool, store.capacity))
     for i in list(store.members()):
-        if i not in keep: store.drop(i, token)
+        if i not in keep:
+            store.drop(i, token)
     for i in keep:
-        if not store.cached[i]: store.add(i)
+        if not store.cached[i]:
+            store.add(i)
 
 # %% ../nbs/52_prefetch.ipynb #c7139af9
 @dataclass
 class _Stream:
     "The steps of one cache, and what is known about them beforehand."
-    needs: np.ndarray                    # (n, K) items, `items` in unused slots
-    ranks: np.ndarray                    # (n, K) the rank each use gives, times items, plus the item
-    first: list                          # (items,) the rank before any use
-    clear: np.ndarray                    # (n,) bool: empty the cache before this step
-    num_layers: int                      # L of the trace
-    stride: int                          # steps of the trace for one of the stream
-    base: int                            # step of the trace that the stream starts with
+
+    needs: np.ndarray  # (n, K) items, `items` in unused slots
+    ranks: np.ndarray  # (n, K) the rank each use gives, times items, plus the item
+    first: list  # (items,) the rank before any use
+    clear: np.ndarray  # (n,) bool: empty the cache before this step
+    num_layers: int  # L of the trace
+    stride: int  # steps of the trace for one of the stream
+    base: int  # step of the trace that the stream starts with
     horizon: int
-    guesses: np.ndarray | None = None    # (n, m) items to fetch ahead, `items` where there is none
-    moves: object = None                 # called as moves(store, j, serving): changes bonuses
+    guesses: np.ndarray | None = None  # (n, m) items to fetch ahead, `items` where there is none
+    moves: object = None  # called as moves(store, j, serving): changes bonuses
+
 
 def _rows(array: np.ndarray, block: int = 4096):
     "The rows as lists, without all of them in memory."
-    for start in range(0, len(array), block): yield from array[start:start + block].tolist()
+    for start in range(0, len(array), block):
+        yield from array[start : start + block].tolist()
+
 
 def _fetch(store: _Store, wanted: list, guard: int, issue: int, token: int) -> int:
     "Hold what is predicted and load what is missing; the number of loads."
     count = 0
-    for i in wanted: store.held[i] += 1
+    for i in wanted:
+        store.held[i] += 1
     missing = [i for i in dict.fromkeys(wanted) if not store.cached[i]]
-    if (short := len(missing) + store.size - store.capacity) > 0: _evict(store, short, guard, False, token)
-    for i in missing[:store.capacity - store.size]:
+    if (short := len(missing) + store.size - store.capacity) > 0:
+        _evict(store, short, guard, False, token)
+    for i in missing[: store.capacity - store.size]:
         store.add(i)
         store.fresh[i], store.source[i] = 1, issue << 16 | count
         count += 1
     return count
 
 # %% ../nbs/52_prefetch.ipynb #c50649c2
-def _serve(s: _Stream, capacity: int, speculative: np.ndarray, rng: Random | None = None) -> tuple[np.ndarray, np.ndarray, int, int]:
+def _serve(
+    s: _Stream, capacity: int, speculative: np.ndarray, rng: Random | None = None
+) -> tuple[np.ndarray, np.ndarray, int, int]:
     "Replay one stream: misses and waits of each step, useful fetches, collisions. Adds to `speculative` (T L,)."
     n, items = len(s.needs), len(s.first)
     store = _Store(items, capacity, s.first, rng)
-    latest, rank, bonus, cached, fresh, pinned, held, heap = (getattr(store, x) for x in ("latest", "rank", "bonus", "cached", "fresh", "pinned", "held", "heap"))
+    latest, rank, bonus, cached, fresh, pinned, held, heap = (
+        getattr(store, x) for x in ("latest", "rank", "bonus", "cached", "fresh", "pinned", "held", "heap")
+    )
     lag, overlap = -(-s.horizon // s.stride), s.horizon % s.stride == 0
     pending = deque(repeat([], lag - 1))
-    guesses = None if s.guesses is None else chain(_rows(s.guesses[lag - 1:]), repeat([]))
-    full, misses, waits, useful, collisions, clear = bool((s.needs < items).all()), [0] * n, [-1] * n, 0, 0, s.clear.tolist()
+    guesses = None if s.guesses is None else chain(_rows(s.guesses[lag - 1 :]), repeat([]))
+    full, misses, waits, useful, collisions, clear = (
+        bool((s.needs < items).all()),
+        [0] * n,
+        [-1] * n,
+        0,
+        0,
+        s.clear.tolist(),
+    )
     for j, (need, ranks) in enumerate(zip(_rows(s.needs), _rows(s.ranks))):
-        if clear[j]: store.clear()
-        if s.moves: s.moves(store, j, False)
+        if clear[j]:
+            store.clear()
+        if s.moves:
+            s.moves(store, j, False)
         if guesses is not None:
             wanted = [i for i in next(guesses) if i < items]
             pending.append(wanted)
             if wanted:
                 issue = (j + lag - 1) * s.stride + s.base - s.horizon
                 speculative[issue] += _fetch(store, wanted, j - overlap, issue, issue // s.num_layers)
-            for i in pending.popleft(): held[i] -= 1
-        if s.moves: s.moves(store, j, True)
+            for i in pending.popleft():
+                held[i] -= 1
+        if s.moves:
+            s.moves(store, j, True)
         if not full:
             ranks = [k for i, k in zip(need, ranks) if i < items]
             need = [i for i in need if i < items]
@@ -254,12 +341,17 @@ def _serve(s: _Stream, capacity: int, speculative: np.ndarray, rng: Random | Non
             token = (j * s.stride + s.base) // s.num_layers
             misses[j] = len(missed)
             gone = store.gone
-            for i in missed: collisions += gone[i] == token
-            if len(need) > capacity: _refill(store, need, token)
+            for i in missed:
+                collisions += gone[i] == token
+            if len(need) > capacity:
+                _refill(store, need, token)
             else:
-                if (short := len(missed) + store.size - capacity) > 0: _evict(store, short, j, True, token)
-                for i in missed: store.add(i)
-        if len(heap) > 4 * store.size + 1024: store.rebuild()
+                if (short := len(missed) + store.size - capacity) > 0:
+                    _evict(store, short, j, True, token)
+                for i in missed:
+                    store.add(i)
+        if len(heap) > 4 * store.size + 1024:
+            store.rebuild()
     return np.array(misses), np.array(waits), useful, collisions
 
 # %% ../nbs/52_prefetch.ipynb #c3c8551e
@@ -267,18 +359,20 @@ def _ranks(needs: np.ndarray, items: int, policy: str, frequency: np.ndarray | N
     "The rank (n, K) that each use gives its item, and the rank (items,) before any use; both times items, plus the item."
     n, K = needs.shape
     own = np.arange(items)
-    if policy == "static": return np.append(frequency, 0)[needs] * items + needs, (frequency * items + own).tolist()
-    time = np.arange(n)[:, None] * K + np.arange(K, 0, -1)               # later, and of one step the larger weight, is more recent
-    if policy not in ("lfu", "belady"): return time * items + needs, own.tolist()
+    if policy == "static":
+        return np.append(frequency, 0)[needs] * items + needs, (frequency * items + own).tolist()
+    time = np.arange(n)[:, None] * K + np.arange(K, 0, -1)  # later, and of one step the larger weight, is more recent
+    if policy not in ("lfu", "belady"):
+        return time * items + needs, own.tolist()
     flat, step = needs.ravel(), np.repeat(np.arange(n), K)
     order = flat.argsort(kind="stable")
-    starts = np.searchsorted(flat[order], np.arange(items + 2))          # where the uses of each item begin
+    starts = np.searchsorted(flat[order], np.arange(items + 2))  # where the uses of each item begin
     value = np.empty(n * K, dtype=np.int64)
     if policy == "lfu":
         value[order] = np.arange(n * K) - starts[flat[order]] + 1
         return (value.reshape(n, K) * (n * K + 1) + time) * items + needs, own.tolist()
     following = np.append(step[order][1:], n)
-    following[starts[1:][starts[1:] > 0] - 1] = n                        # the last use of each item has none after it
+    following[starts[1:][starts[1:] > 0] - 1] = n  # the last use of each item has none after it
     value[order] = -following
     first = [-int(step[order[a]]) if a < b else -n for a, b in zip(starts[:-2], starts[1:-1])]
     return value.reshape(n, K) * items + needs, [f * items + i for i, f in enumerate(first)]
@@ -287,176 +381,303 @@ def _ranks(needs: np.ndarray, items: int, policy: str, frequency: np.ndarray | N
 def _forward_moves(num_layers: int, num_experts: int, unit: int):
     "`least_stale` over all layers: what is still to come in this forward ranks above what it has gone past."
     to_come = [(num_layers - layer) * unit for layer in range(num_layers) for _ in range(num_experts)]
+
     def moves(store, j, serving):
         layer = j % num_layers
-        if serving: store.change(layer * num_experts, [0] * num_experts)
-        elif layer == 0: store.change(0, to_come)                         # a new token
+        if serving:
+            store.change(layer * num_experts, [0] * num_experts)
+        elif layer == 0:
+            store.change(0, to_come)  # a new token
+
     return moves
+
 
 def _predicted_moves(ranked: np.ndarray, allowed: np.ndarray, num_experts: int, unit: int, ahead: int, num_layers: int):
     "`predicted`: serving step j makes the prediction for step j + ahead (n, M) known; it ranks the items of its layer."
     n, M = ranked.shape
+
     def scores():
         for start in range(ahead, n, 4096):
-            block = ranked[start:start + 4096]
+            block = ranked[start : start + 4096]
             score = np.zeros((len(block), num_experts + 1), dtype=np.int64)
-            np.put_along_axis(score, block[:, ::-1], np.arange(1, M + 1)[None] * unit, 1)     # of an id named twice the better place
+            np.put_along_axis(
+                score, block[:, ::-1], np.arange(1, M + 1)[None] * unit, 1
+            )  # of an id named twice the better place
             yield from score[:, :-1].tolist()
+
     coming, allowed = scores(), allowed.tolist()
+
     def moves(store, j, serving):
-        if not serving or j + ahead >= n: return
+        if not serving or j + ahead >= n:
+            return
         row, layer = next(coming), (j + ahead) % num_layers
-        if allowed[j + ahead]: store.change(layer * num_experts, row)
+        if allowed[j + ahead]:
+            store.change(layer * num_experts, row)
+
     return moves
 
 # %% ../nbs/52_prefetch.ipynb #c567aeaf
 def _checked(experts, num_experts: int, sample) -> tuple[np.ndarray, np.ndarray]:
     "Experts (T, L, K) and samples (T,), numbered from 0 in order, as int64; ValueError on anything a trace cannot hold."
     x = np.asarray(experts).astype(np.int64)
-    if x.ndim != 3: raise ValueError(f"experts must be (T, L, K), got shape {x.shape}")
-    if not x.size: raise ValueError(f"experts of shape {x.shape} hold no access: an empty trace cannot be replayed")
-    if x.min() < 0 or x.max() > num_experts: raise ValueError(f"experts holds id {x.min() if x.min() < 0 else x.max()}, outside 0..{num_experts} ({num_experts} marks an unused slot)")
-    if (x == num_experts).all(): raise ValueError("every slot of experts is unused: an empty trace cannot be replayed")
+    if x.ndim != 3:
+        raise ValueError(f"experts must be (T, L, K), got shape {x.shape}")
+    if not x.size:
+        raise ValueError(f"experts of shape {x.shape} hold no access: an empty trace cannot be replayed")
+    if x.min() < 0 or x.max() > num_experts:
+        raise ValueError(
+            f"experts holds id {x.min() if x.min() < 0 else x.max()}, outside 0..{num_experts} ({num_experts} marks an unused slot)"
+        )
+    if (x == num_experts).all():
+        raise ValueError("every slot of experts is unused: an empty trace cannot be replayed")
     ids = np.sort(x, -1)
     twice = ((ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] < num_experts)).any(-1)
-    if twice.any(): raise ValueError(f"token {np.argwhere(twice)[0, 0]} uses an expert twice in layer {np.argwhere(twice)[0, 1]}")
+    if twice.any():
+        raise ValueError(f"token {np.argwhere(twice)[0, 0]} uses an expert twice in layer {np.argwhere(twice)[0, 1]}")
     s = np.zeros(len(x), dtype=np.int64) if sample is None else np.asarray(sample)
-    if s.shape != (len(x),): raise ValueError(f"sample has shape {s.shape}, but there are {len(x)} tokens")
+    if s.shape != (len(x),):
+        raise ValueError(f"sample has shape {s.shape}, but there are {len(x)} tokens")
     begins = np.append(True, s[1:] != s[:-1])
-    if begins.sum() != len(np.unique(s)): raise ValueError("the tokens of a sample must follow each other: sort tokens by sample (stable) first")
+    if begins.sum() != len(np.unique(s)):
+        raise ValueError("the tokens of a sample must follow each other: sort tokens by sample (stable) first")
     return x, begins.cumsum() - 1
+
 
 def _guesses(predicted, shape: tuple, num_experts: int) -> np.ndarray:
     "Predictions (T, L, M) as int64; ValueError when they do not belong to this trace."
     p = np.asarray(predicted).astype(np.int64)
-    if p.ndim != 3 or p.shape[:2] != shape[:2]: raise ValueError(f"predicted has shape {p.shape}, but the trace has (T, L) = {tuple(shape[:2])}: give the predictions of the same tokens, in order")
-    if p.size and (p.min() < 0 or p.max() > num_experts): raise ValueError(f"predicted holds id {p.min() if p.min() < 0 else p.max()}, outside 0..{num_experts} ({num_experts} marks no guess)")
+    if p.ndim != 3 or p.shape[:2] != shape[:2]:
+        raise ValueError(
+            f"predicted has shape {p.shape}, but the trace has (T, L) = {tuple(shape[:2])}: give the predictions of the same tokens, in order"
+        )
+    if p.size and (p.min() < 0 or p.max() > num_experts):
+        raise ValueError(
+            f"predicted holds id {p.min() if p.min() < 0 else p.max()}, outside 0..{num_experts} ({num_experts} marks no guess)"
+        )
     return p
 
 # %% ../nbs/52_prefetch.ipynb #cbf5da5e
-def replay(experts: Tensor,              # (T, L, K) int, experts each token used in each layer, in order; E marks an unused slot
-           num_experts: int,             # E
-           policy: str = "lru",          # one of POLICIES
-           capacity: int = 8,            # experts the cache holds: of each layer, or of all
-           scope: str = "layer",         # or "global"
-           predicted: Tensor | None = None,  # (T, L, M) ranked ids, best first, E where there is no guess
-           prefetch: int = 0,            # fetch so many predicted experts ahead
-           horizon: int = 1,             # a prediction is known so many token-layers before its own
-           sample: Tensor | None = None, # (T,) which sample each token belongs to; default: one
-           clear: bool = False,          # start every sample with an empty cache
-           frequency: Tensor | None = None,  # (L, E) uses in other text, for policy "static"
-           expert_bytes: float = 1,      # of one expert of one layer
-           generator: np.random.Generator | None = None,  # for policy "random"; default: seeded with 0
-          ) -> Replay:
+def replay(
+    experts: Tensor,  # (T, L, K) int, experts each token used in each layer, in order; E marks an unused slot
+    num_experts: int,  # E
+    policy: str = "lru",  # one of POLICIES
+    capacity: int = 8,  # experts the cache holds: of each layer, or of all
+    scope: str = "layer",  # or "global"
+    predicted: Tensor | None = None,  # (T, L, M) ranked ids, best first, E where there is no guess
+    prefetch: int = 0,  # fetch so many predicted experts ahead
+    horizon: int = 1,  # a prediction is known so many token-layers before its own
+    sample: Tensor | None = None,  # (T,) which sample each token belongs to; default: one
+    clear: bool = False,  # start every sample with an empty cache
+    frequency: Tensor | None = None,  # (L, E) uses in other text, for policy "static"
+    expert_bytes: float = 1,  # of one expert of one layer
+    generator: np.random.Generator | None = None,  # for policy "random"; default: seeded with 0
+) -> Replay:
     "Replay a trace through an expert cache. ValueError names what is wrong with trace, predictions or parameters."
-    in_range(num_experts, 1, 2**31, "num_experts"), known(policy, POLICIES, "cache policy"), known(scope, ("layer", "global"), "cache scope")
+    (
+        in_range(num_experts, 1, 2**31, "num_experts"),
+        known(policy, POLICIES, "cache policy"),
+        known(scope, ("layer", "global"), "cache scope"),
+    )
     (x, s), E = _checked(experts, num_experts, sample), num_experts
     T, L, K = x.shape
     p = None if predicted is None else _guesses(predicted, x.shape, E)
-    if p is None and (prefetch or policy == "predicted"): raise ValueError(f"policy {policy!r} with prefetch = {prefetch} needs predicted, the ranked experts (T, L, M)")
-    if policy == "none" and prefetch: raise ValueError(f"prefetch = {prefetch}, but policy 'none' has no cache to fetch into: choose another policy")
-    in_range(whole(capacity, "capacity"), 1, E if scope == "layer" else L * E, "capacity"), in_range(whole(horizon, "horizon"), 1, T * L, "horizon"), in_range(expert_bytes, 0, float("inf"), "expert_bytes", open_high=True)
-    in_range(whole(prefetch, "prefetch"), 0, 0 if p is None else min(capacity, p.shape[-1]), "prefetch (at most capacity, and the places of predicted)")
+    if p is None and (prefetch or policy == "predicted"):
+        raise ValueError(f"policy {policy!r} with prefetch = {prefetch} needs predicted, the ranked experts (T, L, M)")
+    if policy == "none" and prefetch:
+        raise ValueError(f"prefetch = {prefetch}, but policy 'none' has no cache to fetch into: choose another policy")
+    (
+        in_range(whole(capacity, "capacity"), 1, E if scope == "layer" else L * E, "capacity"),
+        in_range(whole(horizon, "horizon"), 1, T * L, "horizon"),
+        in_range(expert_bytes, 0, float("inf"), "expert_bytes", open_high=True),
+    )
+    in_range(
+        whole(prefetch, "prefetch"),
+        0,
+        0 if p is None else min(capacity, p.shape[-1]),
+        "prefetch (at most capacity, and the places of predicted)",
+    )
     if policy == "static":
-        if frequency is None: raise ValueError("policy 'static' needs frequency (L, E): expert_frequency counts it on training samples")
+        if frequency is None:
+            raise ValueError("policy 'static' needs frequency (L, E): expert_frequency counts it on training samples")
         frequency = np.asarray(frequency).astype(np.int64)
-        if frequency.shape != (L, E): raise ValueError(f"frequency has shape {frequency.shape}, the trace needs {(L, E)}")
+        if frequency.shape != (L, E):
+            raise ValueError(f"frequency has shape {frequency.shape}, the trace needs {(L, E)}")
     return _replay(x, s, E, policy, capacity, scope, p, prefetch, horizon, clear, frequency, expert_bytes, generator)
 
 # %% ../nbs/52_prefetch.ipynb #ca28e8db
-def _replay(x, s, E, policy, capacity, scope, p, prefetch, horizon, clear, frequency, expert_bytes, generator) -> Replay:
+def _replay(
+    x, s, E, policy, capacity, scope, p, prefetch, horizon, clear, frequency, expert_bytes, generator
+) -> Replay:
     T, L, K = x.shape
     begins = np.append(True, s[1:] != s[:-1])
     position = np.arange(T) - np.maximum.accumulate(np.where(begins, np.arange(T), 0))
-    allowed = position[:, None] * L + np.arange(L) >= horizon            # (T, L) the prediction was made inside the sample
+    allowed = position[:, None] * L + np.arange(L) >= horizon  # (T, L) the prediction was made inside the sample
     offset = np.arange(L)[:, None] * E
-    demand, waits, speculative, useful, collisions = np.zeros((T, L), dtype=np.int64), np.full((T, L), -1), np.zeros(T * L, dtype=np.int64), 0, 0
-    if policy == "none": demand = (x < E).sum(-1)
+    demand, waits, speculative, useful, collisions = (
+        np.zeros((T, L), dtype=np.int64),
+        np.full((T, L), -1),
+        np.zeros(T * L, dtype=np.int64),
+        0,
+        0,
+    )
+    if policy == "none":
+        demand = (x < E).sum(-1)
     rng = Random(int((generator or np.random.default_rng(0)).integers(2**62))) if policy == "random" else None
     # a stream is (layers, their first): one for each layer, or all together
-    for layers in () if policy == "none" else [slice(l, l + 1) for l in range(L)] if scope == "layer" else [slice(0, L)]:
+    for layers in (
+        () if policy == "none" else [slice(l, l + 1) for l in range(L)] if scope == "layer" else [slice(0, L)]
+    ):
         width, stride = (1, L) if scope == "layer" else (L, 1)
         flatten = lambda a: np.where(a[:, layers] < E, a[:, layers] + offset[:width], width * E).reshape(T * width, -1)
         needs, own = flatten(x), None if frequency is None else frequency[layers].ravel()
         ranks, first = _ranks(needs, width * E, policy, own)
-        guesses = np.where(allowed[:, layers].reshape(-1, 1), flatten(p[..., :prefetch]), width * E) if prefetch else None
-        stream = _Stream(needs, ranks, first, np.repeat(begins, width) & (np.tile(np.arange(width), T) == 0) & clear, L, stride, layers.start, horizon, guesses)
+        guesses = (
+            np.where(allowed[:, layers].reshape(-1, 1), flatten(p[..., :prefetch]), width * E) if prefetch else None
+        )
+        stream = _Stream(
+            needs,
+            ranks,
+            first,
+            np.repeat(begins, width) & (np.tile(np.arange(width), T) == 0) & clear,
+            L,
+            stride,
+            layers.start,
+            horizon,
+            guesses,
+        )
         unit = (T * width * K + 2) * width * E
-        if policy == "least_stale" and scope == "global": stream.moves = _forward_moves(L, E, unit)
-        if policy == "predicted": stream.moves = _predicted_moves(p[:, layers].reshape(T * width, -1), allowed[:, layers].ravel(), E, unit, horizon // stride, width)
+        if policy == "least_stale" and scope == "global":
+            stream.moves = _forward_moves(L, E, unit)
+        if policy == "predicted":
+            stream.moves = _predicted_moves(
+                p[:, layers].reshape(T * width, -1), allowed[:, layers].ravel(), E, unit, horizon // stride, width
+            )
         missed, waited, good, hit_again = _serve(stream, capacity, speculative, rng)
         demand[:, layers], waits[:, layers] = missed.reshape(T, -1), waited.reshape(T, -1)
         useful, collisions = useful + good, collisions + hit_again
     total = lambda v: np.bincount(s, v, minlength=s[-1] + 1).astype(np.int64)
-    return Replay(policy, scope, capacity, prefetch, horizon, T, L, E, expert_bytes, useful, collisions, demand.ravel(), speculative, waits.ravel(),
-                  total((x < E).sum((1, 2))), total(demand.sum(1)), total(np.ones(T)))
+    return Replay(
+        policy,
+        scope,
+        capacity,
+        prefetch,
+        horizon,
+        T,
+        L,
+        E,
+        expert_bytes,
+        useful,
+        collisions,
+        demand.ravel(),
+        speculative,
+        waits.ravel(),
+        total((x < E).sum((1, 2))),
+        total(demand.sum(1)),
+        total(np.ones(T)),
+    )
 
 # %% ../nbs/52_prefetch.ipynb #c28a6523
-def hit_rate_interval(a: Replay,
-                      b: Replay | None = None,    # compare with: a - b, paired
-                      documents=None,             # (S,) label of the document of each sample; default: a sample is a document
-                      level: float = .95,
-                     ) -> Interval:               # of the hit rate, or of the difference
+def hit_rate_interval(
+    a: Replay,
+    b: Replay | None = None,  # compare with: a - b, paired
+    documents=None,  # (S,) label of the document of each sample; default: a sample is a document
+    level: float = 0.95,
+) -> Interval:  # of the hit rate, or of the difference
     "Hit rate, or difference of two, with an interval over documents: studentised bootstrap, with fewer than ten documents Student's t. ValueError with one."
-    if b is not None and not np.array_equal(a.sample_accesses, b.sample_accesses): raise ValueError("the two replays are of different traces: their samples have other numbers of accesses")
+    if b is not None and not np.array_equal(a.sample_accesses, b.sample_accesses):
+        raise ValueError("the two replays are of different traces: their samples have other numbers of accesses")
     hits = a.sample_accesses - a.sample_misses
-    return _by_document(hits, 0 * hits if b is None else b.sample_accesses - b.sample_misses, a.sample_accesses, documents, level)
+    return _by_document(
+        hits, 0 * hits if b is None else b.sample_accesses - b.sample_misses, a.sample_accesses, documents, level
+    )
 
-def _by_document(a: np.ndarray, b: np.ndarray, size: np.ndarray, documents, level: float = .95) -> Interval:
+
+def _by_document(a: np.ndarray, b: np.ndarray, size: np.ndarray, documents, level: float = 0.95) -> Interval:
     "Interval of sum(a - b) / sum(size), each (S,), over documents."
     label = np.unique(np.arange(len(size)) if documents is None else np.asarray(documents), return_inverse=True)[1]
-    if len(label) != len(size): raise ValueError(f"documents has {len(label)} labels, but there are {len(size)} samples")
+    if len(label) != len(size):
+        raise ValueError(f"documents has {len(label)} labels, but there are {len(size)} samples")
     a, b, size = (np.bincount(label, v) for v in (a, b, size))
     few = "studentised" if len(size) >= FEW["studentised"] else "t"
-    found = paired_ratio(a[size > 0], b[size > 0], size[size > 0], level, method=few)      # the exponential of the ratio we want
+    found = paired_ratio(
+        a[size > 0], b[size > 0], size[size > 0], level, method=few
+    )  # the exponential of the ratio we want
     return found._replace(**{n: float(np.log(getattr(found, n))) for n in ("estimate", "low", "high")})
 
 # %% ../nbs/52_prefetch.ipynb #c05417cf
-def expert_frequency(experts: Tensor,     # (T, L, K) int, E marks an unused slot; of training samples
-                     num_experts: int,    # E
-                    ) -> np.ndarray:      # (L, E) int64
+def expert_frequency(
+    experts: Tensor,  # (T, L, K) int, E marks an unused slot; of training samples
+    num_experts: int,  # E
+) -> np.ndarray:  # (L, E) int64
     "How often each expert of each layer was used: what a static cache is fitted on."
     x, _ = _checked(experts, num_experts, None)
     return np.stack([np.bincount(x[:, l].ravel(), minlength=num_experts + 1)[:num_experts] for l in range(x.shape[1])])
 
 # %% ../nbs/52_prefetch.ipynb #c3eacc5f
-def load_predictions(path: str | Path,      # safetensors file: ranked (N, L, M) ids, best first; token (N,) rows of the trace
-                     num_tokens: int,       # T of the trace
-                    ) -> tuple[Tensor, Tensor]:  # ranked (N, L, M) int64, token (N,) int64
+def load_predictions(
+    path: str | Path,  # safetensors file: ranked (N, L, M) ids, best first; token (N,) rows of the trace
+    num_tokens: int,  # T of the trace
+) -> tuple[Tensor, Tensor]:  # ranked (N, L, M) int64, token (N,) int64
     "Read predictions and check which rows of the trace they belong to. ValueError names the file and what is wrong."
-    try: file = load_file(path)
-    except (OSError, SafetensorError) as e: raise ValueError(f"{path} cannot be read as safetensors ({e}): write it with safetensors.torch.save_file") from None
-    if not {"ranked", "token"} <= set(file): raise ValueError(f"{path} must hold ranked (N, L, M) and token (N,), it holds {', '.join(sorted(file)) or 'nothing'}")
+    try:
+        file = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({e}): write it with safetensors.torch.save_file"
+        ) from None
+    if not {"ranked", "token"} <= set(file):
+        raise ValueError(
+            f"{path} must hold ranked (N, L, M) and token (N,), it holds {', '.join(sorted(file)) or 'nothing'}"
+        )
     ranked, token = file["ranked"].long(), file["token"].long()
-    if ranked.ndim != 3 or token.shape != ranked.shape[:1] or not len(token): raise ValueError(f"{path}: ranked has shape {tuple(ranked.shape)} and token {tuple(token.shape)}, not (N, L, M) and (N,)")
-    if token.min() < 0 or token.max() >= num_tokens: raise ValueError(f"{path}: token names row {int(token.max())} (or one below 0), but the trace has rows 0..{num_tokens - 1}: predictions of another trace")
-    if len(token.unique()) < len(token): raise ValueError(f"{path}: token names a row twice")
+    if ranked.ndim != 3 or token.shape != ranked.shape[:1] or not len(token):
+        raise ValueError(
+            f"{path}: ranked has shape {tuple(ranked.shape)} and token {tuple(token.shape)}, not (N, L, M) and (N,)"
+        )
+    if token.min() < 0 or token.max() >= num_tokens:
+        raise ValueError(
+            f"{path}: token names row {int(token.max())} (or one below 0), but the trace has rows 0..{num_tokens - 1}: predictions of another trace"
+        )
+    if len(token.unique()) < len(token):
+        raise ValueError(f"{path}: token names a row twice")
     return ranked, token
 
 # %% ../nbs/52_prefetch.ipynb #c2dd0417
-def expert_size(config_or_model,                  # a transformers MoE as it is held now, or its configuration: shapes only, no memory
-                dtype: torch.dtype | None = None, # with a configuration: the precision it would be loaded in; default: what it names, else float32
-               ) -> float:                        # bytes of one expert of one layer, mean over MoE layers
+def expert_size(
+    config_or_model,  # a transformers MoE as it is held now, or its configuration: shapes only, no memory
+    dtype: torch.dtype
+    | None = None,  # with a configuration: the precision it would be loaded in; default: what it names, else float32
+) -> float:  # bytes of one expert of one layer, mean over MoE layers
     "Bytes of one routed expert. ValueError when a configuration has no fused experts."
     if isinstance(config_or_model, nn.Module):
         layers = moe_layers(config_or_model)
         of = lambda m: sum(p.numel() * p.element_size() for p in chain(m.parameters(), m.buffers()))
         return sum(of(layer.experts) / layer.num_experts for layer in layers) / len(layers)
-    fused = [[p for p in m.parameters(recurse=False) if p.ndim == 3] for m in with_shapes(config_or_model).modules() if not isinstance(m, nn.Conv1d)]
+    fused = [
+        [p for p in m.parameters(recurse=False) if p.ndim == 3]
+        for m in with_shapes(config_or_model).modules()
+        if not isinstance(m, nn.Conv1d)
+    ]
     fused = [ps for ps in fused if ps]
-    if not fused: raise ValueError(f"{type(config_or_model).__name__} builds no module with experts stacked (E, a, b): give the model itself")
+    if not fused:
+        raise ValueError(
+            f"{type(config_or_model).__name__} builds no module with experts stacked (E, a, b): give the model itself"
+        )
     each = sum(sum(p.numel() / p.shape[0] for p in ps) for ps in fused) / len(fused)
     return each * (dtype or getattr(config_or_model, "dtype", None) or torch.float32).itemsize
 
 # %% ../nbs/52_prefetch.ipynb #ccbb6705
 def _stalls(r: Replay, load_ms: float, compute_ms: float, known_ms: float = 0) -> np.ndarray:
     "(T L,) milliseconds that each step waits for its experts."
-    if not r.fetched: return r.demand * load_ms
+    if not r.fetched:
+        return r.demand * load_ms
     gate, free, begun, stalls = 0.0, 0.0, [0.0] * len(r.demand), [0.0] * len(r.demand)
     for j, (demand, fetched, wait) in enumerate(zip(r.demand.tolist(), r.speculative.tolist(), r.waits.tolist())):
         ready = gate
-        if demand: ready = free = max(free, gate) + demand * load_ms
-        if wait >= 0: ready = max(ready, begun[wait >> 16] + ((wait & 0xffff) + 1) * load_ms)
+        if demand:
+            ready = free = max(free, gate) + demand * load_ms
+        if wait >= 0:
+            ready = max(ready, begun[wait >> 16] + ((wait & 0xFFFF) + 1) * load_ms)
         if fetched:
             begun[j] = max(free, ready + known_ms if known_ms else gate)
             free = begun[j] + fetched * load_ms
@@ -464,72 +685,109 @@ def _stalls(r: Replay, load_ms: float, compute_ms: float, known_ms: float = 0) -
         gate = ready + compute_ms
     return np.array(stalls)
 
+
 def _load_ms(r: Replay, bandwidth: float, compute_ms: float, latency_ms: float) -> float:
     "Milliseconds of one load; refuses what is not a link."
-    in_range(bandwidth, 0, float("inf"), "bandwidth (GB/s)", True), in_range(compute_ms, 0, float("inf"), "compute_ms", True, True), in_range(latency_ms, 0, float("inf"), "latency_ms", open_high=True)
+    (
+        in_range(bandwidth, 0, float("inf"), "bandwidth (GB/s)", True),
+        in_range(compute_ms, 0, float("inf"), "compute_ms", True, True),
+        in_range(latency_ms, 0, float("inf"), "latency_ms", open_high=True),
+    )
     return latency_ms + r.expert_bytes / bandwidth * 1e-6
 
 # %% ../nbs/52_prefetch.ipynb #c7da5024
-def serving_time(r: Replay,
-                 bandwidth: float,          # of the link, GB/s (10^9 bytes)
-                 compute_ms: float,         # of one token-layer: attention and experts
-                 latency_ms: float = 0,     # of each load
-                 known_ms: float = 0,       # a guess is there so long after the experts of the step that issues it; 0: at its gate
-                ) -> dict:                  # ms_per_token, stall_ms_per_token, tokens_per_s, link_ms_per_token, and sample_ms (S,)
+def serving_time(
+    r: Replay,
+    bandwidth: float,  # of the link, GB/s (10^9 bytes)
+    compute_ms: float,  # of one token-layer: attention and experts
+    latency_ms: float = 0,  # of each load
+    known_ms: float = 0,  # a guess is there so long after the experts of the step that issues it; 0: at its gate
+) -> dict:  # ms_per_token, stall_ms_per_token, tokens_per_s, link_ms_per_token, and sample_ms (S,)
     "Simulated time of one stream of tokens through the replayed cache."
     load = _load_ms(r, bandwidth, compute_ms, latency_ms)
     in_range(known_ms, 0, compute_ms, "known_ms (at most compute_ms)")
     steps = np.repeat(np.arange(len(r.sample_tokens)), r.sample_tokens * r.num_layers)
     sample_ms = np.bincount(steps, _stalls(r, load, compute_ms, known_ms)) + r.sample_tokens * r.num_layers * compute_ms
     ms = float(sample_ms.sum() / r.num_tokens)
-    return {"ms_per_token": ms, "stall_ms_per_token": ms - r.num_layers * compute_ms, "tokens_per_s": 1000 / ms, "link_ms_per_token": r.loads * load / r.num_tokens, "sample_ms": sample_ms}
+    return {
+        "ms_per_token": ms,
+        "stall_ms_per_token": ms - r.num_layers * compute_ms,
+        "tokens_per_s": 1000 / ms,
+        "link_ms_per_token": r.loads * load / r.num_tokens,
+        "sample_ms": sample_ms,
+    }
 
 # %% ../nbs/52_prefetch.ipynb #c2f4d213
-def break_even(ahead: Replay,              # a policy that prefetches
-               demand: Replay,             # the demand policy it is compared with, same trace
-               compute_ms: float,          # of one token-layer
-               latency_ms: float = 0,      # of each load
-               known_ms: float = 0,         # as for `serving_time`
-              ) -> float:                  # GB/s; above it prefetching is faster. 0: at every bandwidth; inf: at none
+def break_even(
+    ahead: Replay,  # a policy that prefetches
+    demand: Replay,  # the demand policy it is compared with, same trace
+    compute_ms: float,  # of one token-layer
+    latency_ms: float = 0,  # of each load
+    known_ms: float = 0,  # as for `serving_time`
+) -> float:  # GB/s; above it prefetching is faster. 0: at every bandwidth; inf: at none
     "The bandwidth at which prefetching stops being faster. Load times from a thousandth of the computation to 10^5 times it are searched."
     _load_ms(ahead, 1, compute_ms, latency_ms)
     if demand.fetched or len(ahead.demand) != len(demand.demand) or ahead.expert_bytes != demand.expert_bytes:
-        raise ValueError("break_even compares a prefetching replay with a demand replay of the same trace and the same expert_bytes")
+        raise ValueError(
+            "break_even compares a prefetching replay with a demand replay of the same trace and the same expert_bytes"
+        )
     slower = lambda load: _stalls(ahead, load, compute_ms, known_ms).sum() >= demand.misses * load * (1 - 1e-9)
     fast, slow = max(latency_ms, compute_ms / 1000), compute_ms * 1e5
-    if slower(fast): return float("inf")
-    if not slower(slow): return 0.0
+    if slower(fast):
+        return float("inf")
+    if not slower(slow):
+        return 0.0
     while slow / fast > 1.001:
-        middle = (slow * fast) ** .5
+        middle = (slow * fast) ** 0.5
         fast, slow = (fast, middle) if slower(middle) else (middle, slow)
     return float("inf") if fast <= latency_ms else ahead.expert_bytes * 1e-6 / (fast - latency_ms)
 
 # %% ../nbs/52_prefetch.ipynb #cb772d78
-def worth(ahead: Replay,                   # a policy that prefetches
-          demand: list[Replay],            # demand policies of the same trace
-          bandwidth: float,                # GB/s
-          compute_ms: float,               # of one token-layer
-          latency_ms: float = 0,           # of each load
-          known_ms: float = 0,              # as for `serving_time`
-          documents=None,                  # (S,) label of the document of each sample
-         ) -> dict:                        # saved share of the time with interval, tokens_per_s of both, break_even, verdict, words
+def worth(
+    ahead: Replay,  # a policy that prefetches
+    demand: list[Replay],  # demand policies of the same trace
+    bandwidth: float,  # GB/s
+    compute_ms: float,  # of one token-layer
+    latency_ms: float = 0,  # of each load
+    known_ms: float = 0,  # as for `serving_time`
+    documents=None,  # (S,) label of the document of each sample
+) -> dict:  # saved share of the time with interval, tokens_per_s of both, break_even, verdict, words
     "Does prefetching pay against the best demand policy? Accuracy is not speed."
     peers = [r for r in demand if r.policy != "belady" and not r.fetched]
-    if not peers: raise ValueError("demand holds no policy that could be run: give at least one without prefetching that is not belady")
+    if not peers:
+        raise ValueError(
+            "demand holds no policy that could be run: give at least one without prefetching that is not belady"
+        )
     best = min(peers, key=lambda r: r.misses)
     ours, theirs = (serving_time(r, bandwidth, compute_ms, latency_ms, known_ms) for r in (ahead, best))
     limit = break_even(ahead, best, compute_ms, latency_ms, known_ms)
-    unit = theirs["sample_ms"].sum() / ahead.num_tokens                   # relative, so that nothing overflows
+    unit = theirs["sample_ms"].sum() / ahead.num_tokens  # relative, so that nothing overflows
     if len(set(range(len(ahead.sample_tokens)) if documents is None else documents)) > 1:
         saved = _by_document(theirs["sample_ms"] / unit, ours["sample_ms"] / unit, ahead.sample_tokens, documents)
-    else: saved = Interval(1 - ours["ms_per_token"] / unit, -np.inf, np.inf)                           # one document says nothing of others
+    else:
+        saved = Interval(1 - ours["ms_per_token"] / unit, -np.inf, np.inf)  # one document says nothing of others
     verdict = "pays" if saved.low > 0 else "does not pay" if saved.high <= 0 else "undecided"
     where = "nowhere" if limit == np.inf else "at every bandwidth" if not limit else f"above {limit:.3g} GB/s"
-    used = "nothing was fetched" if ahead.useful_ratio is None else f"{100 * ahead.useful_ratio:.0f} % of the fetches were used"
-    words = (f"at {bandwidth:g} GB/s prefetching {'is undecided' if verdict == 'undecided' else verdict}: {ours['tokens_per_s']:.4g} tokens/s against {theirs['tokens_per_s']:.4g} of {best.policy}, "
-             f"time saved {100 * saved.estimate:.1f} % [{100 * saved.low:.1f}, {100 * saved.high:.1f}]; hit rate {100 * (ahead.hit_rate - best.hit_rate):+.1f} points, {used}; on this trace it is faster {where}")
-    return {"saved": saved.estimate, "low": saved.low, "high": saved.high, "tokens_per_s": ours["tokens_per_s"], "demand_tokens_per_s": theirs["tokens_per_s"], "demand_policy": best.policy,
-            "break_even": limit, "verdict": verdict, "words": words}
+    used = (
+        "nothing was fetched"
+        if ahead.useful_ratio is None
+        else f"{100 * ahead.useful_ratio:.0f} % of the fetches were used"
+    )
+    words = (
+        f"at {bandwidth:g} GB/s prefetching {'is undecided' if verdict == 'undecided' else verdict}: {ours['tokens_per_s']:.4g} tokens/s against {theirs['tokens_per_s']:.4g} of {best.policy}, "
+        f"time saved {100 * saved.estimate:.1f} % [{100 * saved.low:.1f}, {100 * saved.high:.1f}]; hit rate {100 * (ahead.hit_rate - best.hit_rate):+.1f} points, {used}; on this trace it is faster {where}"
+    )
+    return {
+        "saved": saved.estimate,
+        "low": saved.low,
+        "high": saved.high,
+        "tokens_per_s": ours["tokens_per_s"],
+        "demand_tokens_per_s": theirs["tokens_per_s"],
+        "demand_policy": best.policy,
+        "break_even": limit,
+        "verdict": verdict,
+        "words": words,
+    }
 
 # %% ../nbs/52_prefetch.ipynb #ce3a3c8c
 def _window_counts(x: np.ndarray, s: np.ndarray, num_experts: int, segment: int) -> tuple[np.ndarray, np.ndarray]:
@@ -537,36 +795,48 @@ def _window_counts(x: np.ndarray, s: np.ndarray, num_experts: int, segment: int)
     mask = np.zeros((len(x) + 1, num_experts + 1), dtype=np.int32)
     np.put_along_axis(mask[1:], x, 1, 1)
     total = mask[:, :-1].cumsum(0)
-    start = np.flatnonzero(s[:len(s) - segment + 1] == s[segment - 1:])
+    start = np.flatnonzero(s[: len(s) - segment + 1] == s[segment - 1 :])
     return total[start + segment] - total[start], s[start]
+
 
 def _consistency(counts: np.ndarray, segment: int, capacity: int) -> dict:
     "SRP, group and SCH of windows (W, E)."
     tally = np.bincount(counts.ravel(), minlength=segment + 1)
-    least = lambda v: v[::-1].cumsum()[::-1][1:]                          # sums over counts >= 1, >= 2, ...
+    least = lambda v: v[::-1].cumsum()[::-1][1:]  # sums over counts >= 1, >= 2, ...
     matched, offered, asked = least(tally * np.arange(segment + 1)), least(tally) * segment, counts.sum()
     f1 = 2 * matched / (offered + asked)
     top = -np.partition(-counts, capacity - 1, 1)[:, :capacity].sum() if capacity < counts.shape[1] else asked
     return {"srp": float(f1.max()), "group": float(offered[f1.argmax()] / asked), "sch": float(abs(top) / asked)}
 
 # %% ../nbs/52_prefetch.ipynb #cdf7b697
-def local_consistency(experts: Tensor,              # (T, L, K) int, E marks an unused slot
-                      num_experts: int,             # E
-                      segment: int = 16,            # tokens of a window, m
-                      capacity: int = 16,           # experts of SCH's cache, of each layer
-                      sample: Tensor | None = None, # (T,) windows do not cross samples; default: one
-                      generator: np.random.Generator | None = None,  # of the controls; default: seeded with 0
-                     ) -> list[dict]:               # a row a layer: srp, group, sch, each also with _random and _shuffled
+def local_consistency(
+    experts: Tensor,  # (T, L, K) int, E marks an unused slot
+    num_experts: int,  # E
+    segment: int = 16,  # tokens of a window, m
+    capacity: int = 16,  # experts of SCH's cache, of each layer
+    sample: Tensor | None = None,  # (T,) windows do not cross samples; default: one
+    generator: np.random.Generator | None = None,  # of the controls; default: seeded with 0
+) -> list[dict]:  # a row a layer: srp, group, sch, each also with _random and _shuffled
     "Segment routing best performance and segment cache best hit rate, beside random and shuffled routing. ValueError when no sample is as long as a window."
     in_range(num_experts, 1, 2**31, "num_experts")
     (x, s), generator = _checked(experts, num_experts, sample), generator or np.random.default_rng(0)
     longest = int(np.bincount(s).max())
-    in_range(whole(segment, "segment"), 1, longest, "segment (at most the longest sample)"), in_range(whole(capacity, "capacity"), 1, num_experts, "capacity")
+    (
+        in_range(whole(segment, "segment"), 1, longest, "segment (at most the longest sample)"),
+        in_range(whole(capacity, "capacity"), 1, num_experts, "capacity"),
+    )
     rows = []
     for layer in range(x.shape[1]):
         own = x[:, layer]
-        drawn = generator.random((len(x), num_experts)).argsort(1)[:, :own.shape[1]]
-        cases = {"": own, "_random": np.where(own < num_experts, drawn, num_experts), "_shuffled": own[generator.permutation(len(own))]}
-        found = {tag: _consistency(_window_counts(y, s, num_experts, segment)[0], segment, capacity) for tag, y in cases.items()}
+        drawn = generator.random((len(x), num_experts)).argsort(1)[:, : own.shape[1]]
+        cases = {
+            "": own,
+            "_random": np.where(own < num_experts, drawn, num_experts),
+            "_shuffled": own[generator.permutation(len(own))],
+        }
+        found = {
+            tag: _consistency(_window_counts(y, s, num_experts, segment)[0], segment, capacity)
+            for tag, y in cases.items()
+        }
         rows.append({"layer": layer, **{n + tag: found[tag][n] for n in ("srp", "group", "sch") for tag in cases}})
     return rows

@@ -32,51 +32,76 @@ from unittest import mock
 
 import pandas as pd
 
-from .runs import Plan, _code_of, code_hash, load_runs, plan_study, template_path, write_atomic
+from .runs.run import _code_of, code_hash, template_path, write_atomic
+from .runs.study import Plan, load_runs, plan_study
 from .settings import find_root, load_settings, load_study
 
 # %% ../nbs/80_published.ipynb #c5a47352
 NUMBER = re.compile(r"(?:(?<![\w.)\]%])[-+\u2212])?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 IN_CSV = re.compile(NUMBER.pattern.replace(r"(?:,\d{3}(?!\d))*", ""))
 
+
 class Found(NamedTuple):
     "A number as it stands in a text."
-    line: int                 # from 1
-    start: int                # characters before it in the text
+
+    line: int  # from 1
+    start: int  # characters before it in the text
     text: str
+
 
 def numbers(text: str, csv: bool = False) -> list[Found]:
     "All numbers of a text, in order."
     ends = [i for i, c in enumerate(text) if c == "\n"]
     found, line = [], 0
     for m in (IN_CSV if csv else NUMBER).finditer(text):
-        while line < len(ends) and ends[line] < m.start(): line += 1
+        while line < len(ends) and ends[line] < m.start():
+            line += 1
         found.append(Found(line + 1, m.start(), m[0]))
     return found
 
 # %% ../nbs/80_published.ipynb #c1e8a61f
-def shown(text: str, suffix: str) -> str:      # of a file; ".html" or another
+def shown(text: str, suffix: str) -> str:  # of a file; ".html" or another
     "What a reader sees of a file, with the lines where they are."
     keep = lambda m: re.sub(r"[^\n]", " ", m[0])
-    if suffix == ".tex": return re.sub(r"(?<!\\)%.*", keep, text)
-    if suffix != ".html": return text
+    if suffix == ".tex":
+        return re.sub(r"(?<!\\)%.*", keep, text)
+    if suffix != ".html":
+        return text
     return re.sub(r"<[^>]*>|&#?\w+;", keep, re.sub(r"(?s)<!--.*?-->|<(style|script|svg|head)\b.*?</\1>", keep, text))
 
 # %% ../nbs/80_published.ipynb #c66af286
 def _literals(tree: ast.AST) -> Iterator[str]:
-    silent = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}                     # docstrings
-    silent |= {id(p) for n in ast.walk(tree) if isinstance(n, ast.FormattedValue) and n.format_spec for p in ast.walk(n.format_spec)}
+    silent = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}  # docstrings
+    silent |= {
+        id(p)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.FormattedValue) and n.format_spec
+        for p in ast.walk(n.format_spec)
+    }
     for n in ast.walk(tree):
-        if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in silent: yield n.value
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in silent:
+            yield n.value
 
-def literals(sources: Iterable[str],           # program text
-            ) -> list[str]:                    # longest first
+
+def literals(
+    sources: Iterable[str],  # program text
+) -> list[str]:  # longest first
     "The pieces of literal text in programs that hold a digit and at least three letters."
-    return sorted({s for text in sources for s in _literals(ast.parse(text)) if re.search(r"\d", s) and len(re.findall(r"[A-Za-z]", s)) >= 3}, key=lambda s: (-len(s), s))
+    return sorted(
+        {
+            s
+            for text in sources
+            for s in _literals(ast.parse(text))
+            if re.search(r"\d", s) and len(re.findall(r"[A-Za-z]", s)) >= 3
+        },
+        key=lambda s: (-len(s), s),
+    )
 
-def own_words(text: str, pieces: Iterable[str]) -> list[tuple[int, int]]:   # of a file; from `literals`
+
+def own_words(text: str, pieces: Iterable[str]) -> list[tuple[int, int]]:  # of a file; from `literals`
     "Where the pieces lie in a text."
     return [(m.start(), m.end()) for p in pieces for m in re.finditer(re.escape(p), text)]
+
 
 def of_runs(text: str, pieces: Iterable[str], csv: bool = False) -> list[Found]:
     "The numbers of a text that are not the program's own words."
@@ -85,59 +110,86 @@ def of_runs(text: str, pieces: Iterable[str], csv: bool = False) -> list[Found]:
 
 # %% ../nbs/80_published.ipynb #c31d18e4
 @cache
-def _pieces(text: str) -> list[str]: return literals([text])
+def _pieces(text: str) -> list[str]:
+    return literals([text])
+
 
 @cache
 def _words_of(module: str, package: Path) -> tuple[str, ...]:
-    def file(name): return package / (name.replace(".", "/") + ".py")
+    def file(name):
+        return package / (name.replace(".", "/") + ".py")
+
     def imported(text):
         for n in ast.walk(ast.parse(text)):
             if isinstance(n, ast.ImportFrom):
                 name = (n.module or "") if n.level else (n.module or "").partition("moe_routing.")[2]
-                if name and file(name).is_file(): yield name
+                if name and file(name).is_file():
+                    yield name
+
     text = file(module).read_text()
     pieces = {p for t in (text, *(file(n).read_text() for n in dict.fromkeys(imported(text)))) for p in _pieces(t)}
     return tuple(sorted(pieces, key=lambda p: (-len(p), p)))
 
-def words_of(made_by: str) -> tuple[str, ...]:     # "module:function"
+
+def words_of(made_by: str) -> tuple[str, ...]:  # "module:function"
     "The literal text of the module that writes a file and of those it imports. ValueError when there is no such module."
     module = made_by.partition(":")[0].removeprefix("moe_routing.")
     package = Path(sys.modules["moe_routing"].__file__).parent
-    if not (package / (module.replace(".", "/") + ".py")).is_file(): raise ValueError(f"made_by = {made_by!r}: no module {module!r} in moe_routing: write 'moe_routing.<module>:<function>'")
+    if not (package / (module.replace(".", "/") + ".py")).is_file():
+        raise ValueError(
+            f"made_by = {made_by!r}: no module {module!r} in moe_routing: write 'moe_routing.<module>:<function>'"
+        )
     return _words_of(module, package)
 
 # %% ../nbs/80_published.ipynb #cc4077f5
 class Entry(NamedTuple):
     "A number as it was given out."
+
     text: str
     value: object
-    runs: tuple[str, ...]     # ids, or study/run
+    runs: tuple[str, ...]  # ids, or study/run
     what: str = ""
-    formula: str = ""         # module:function, where it comes from no run
+    formula: str = ""  # module:function, where it comes from no run
 
-def run_names(runs) -> tuple[str, ...]:            # an id, several, rows of `load_runs`
+
+def run_names(runs) -> tuple[str, ...]:  # an id, several, rows of `load_runs`
     "The names of runs, in order, each once."
-    if isinstance(runs, pd.DataFrame): runs = runs.run_id
-    elif isinstance(runs, pd.Series) and "run_id" in runs: runs = runs.run_id
+    if isinstance(runs, pd.DataFrame):
+        runs = runs.run_id
+    elif isinstance(runs, pd.Series) and "run_id" in runs:
+        runs = runs.run_id
     names = tuple(dict.fromkeys([runs] if isinstance(runs, str) else list(runs)))
     for n in names:
-        if not isinstance(n, str) or not re.fullmatch(r"[0-9a-f]{10}|[^/\s]+/[^/\s]+", n): raise ValueError(f"{n!r} names no run: give a run id (ten hexadecimal digits), study/run, or rows of load_runs")
+        if not isinstance(n, str) or not re.fullmatch(r"[0-9a-f]{10}|[^/\s]+/[^/\s]+", n):
+            raise ValueError(
+                f"{n!r} names no run: give a run id (ten hexadecimal digits), study/run, or rows of load_runs"
+            )
     return names
 
 # %% ../nbs/80_published.ipynb #c0049008
 class Ledger:
     "What a publishing program remembers of the numbers it gives out. At the end `save` writes it beside the published files, and refuses a number that nobody asked it for."
-    def __init__(self, made_by: str = ""):         # "module:function"; function(root) writes the same files below another root
+
+    def __init__(self, made_by: str = ""):  # "module:function"; function(root) writes the same files below another root
         self.made_by, self.entries = made_by, []
 
     def _keep(self, text: str, value, runs, what: str, formula: str) -> str:
         names = run_names(runs)
-        if not names and not formula: raise ValueError(f"{text!r} ({what or 'no description'}) has no run: say from which runs it comes, or name its formula")
+        if not names and not formula:
+            raise ValueError(
+                f"{text!r} ({what or 'no description'}) has no run: say from which runs it comes, or name its formula"
+            )
         self.entries.append(Entry(text, value, names, what, formula))
         return text
 
-    def number(self, value, form: str | Callable = ".3f",   # a format, or a function of the value
-               runs=(), what: str = "", formula: str = "") -> str:
+    def number(
+        self,
+        value,
+        form: str | Callable = ".3f",  # a format, or a function of the value
+        runs=(),
+        what: str = "",
+        formula: str = "",
+    ) -> str:
         "The text of a number, remembered. ValueError without runs or formula."
         return self._keep(form(value) if callable(form) else format(value, form), value, runs, what, formula)
 
@@ -145,16 +197,22 @@ class Ledger:
         "A text that another program computed from runs, remembered as a whole; returned as it is."
         return self._keep(text, None, runs, source, "")
 
-    def table(self, frame: pd.DataFrame,
-              runs,                                # of all rows; or a column's name; or a function of a row
-              digits: int = 3, what: str = "") -> str:
+    def table(
+        self,
+        frame: pd.DataFrame,
+        runs,  # of all rows; or a column's name; or a function of a row
+        digits: int = 3,
+        what: str = "",
+    ) -> str:
         "A Markdown table, each row remembered with its runs; a column that only names them is not shown."
         column = runs if isinstance(runs, str) and runs in frame else None
         picked = [r[column] if column else runs(r) if callable(runs) else runs for _, r in frame.iterrows()]
         shown = frame.drop(columns=column) if column else frame
         lines = shown.to_markdown(index=False, floatfmt=f".{digits}f").split("\n")
-        for line, names in zip(lines[2:], picked): self._keep(line, None, names, what, "")
-        if NUMBER.search(lines[0]) and len(frame): self._keep(lines[0], None, [n for p in picked for n in run_names(p)], what, "")
+        for line, names in zip(lines[2:], picked):
+            self._keep(line, None, names, what, "")
+        if NUMBER.search(lines[0]) and len(frame):
+            self._keep(lines[0], None, [n for p in picked for n in run_names(p)], what, "")
         return "\n".join(lines)
 
 # %% ../nbs/80_published.ipynb #c23869b2
@@ -162,70 +220,117 @@ def digest(content: bytes | str) -> str:
     "Sixteen hexadecimal digits over a content."
     return sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
 
-def run_ids(results: Path,                         # folder of the studies
-           ) -> dict[str, list[str]]:              # run id -> study/run
+
+def run_ids(
+    results: Path,  # folder of the studies
+) -> dict[str, list[str]]:  # run id -> study/run
     "Which folders hold the run of an id: the same run can be part of two studies."
     found = {}
     for file in sorted(Path(results).glob("*/*/run.json")):
-        with open(file) as handle: m = re.search(r'"run_id": "([^"]+)"', handle.read(4096))
-        if m: found.setdefault(m[1], []).append(f"{file.parts[-3]}/{file.parts[-2]}")
+        with open(file) as handle:
+            m = re.search(r'"run_id": "([^"]+)"', handle.read(4096))
+        if m:
+            found.setdefault(m[1], []).append(f"{file.parts[-3]}/{file.parts[-2]}")
     return found
 
-def folders_of(names: Iterable[str], ids: dict[str, list[str]], results: Path) -> list[str]:      # ids or study/run; from `run_ids`
+
+def folders_of(
+    names: Iterable[str], ids: dict[str, list[str]], results: Path
+) -> list[str]:  # ids or study/run; from `run_ids`
     "study/run of each name. ValueError for a run that is not there."
     found = []
     for n in names:
         here = [n] if "/" in n and (results / n / "run.json").is_file() else ids.get(n)
-        if not here: raise ValueError(f"run {n} has no run.json below {results.name}: only committed runs may be published")
+        if not here:
+            raise ValueError(f"run {n} has no run.json below {results.name}: only committed runs may be published")
         found += here
     return list(dict.fromkeys(found))
 
 # %% ../nbs/80_published.ipynb #c7e7e987
 DATA = (".csv", ".json", ".jsonl")
 
-def _line_entries(file: Path, pieces: Iterable[str],
-                  origin: Callable[[Found], tuple[tuple[str, ...], str]],     # runs of a number, and how they gave it
-                 ) -> list[tuple[int, tuple[str, ...], str, str]]:            # line, runs, how, numbers or their digest
+
+def _line_entries(
+    file: Path,
+    pieces: Iterable[str],
+    origin: Callable[[Found], tuple[tuple[str, ...], str]],  # runs of a number, and how they gave it
+) -> list[tuple[int, tuple[str, ...], str, str]]:  # line, runs, how, numbers or their digest
     text, csv = shown(file.read_text(), file.suffix), file.suffix == ".csv"
-    if file.suffix in DATA and not csv: return [(0, *origin(None), "#" + digest(text))]
+    if file.suffix in DATA and not csv:
+        return [(0, *origin(None), "#" + digest(text))]
     lines = {}
-    for f in of_runs(text, pieces, csv): lines.setdefault((f.line, *origin(f)), []).append(f.text)
+    for f in of_runs(text, pieces, csv):
+        lines.setdefault((f.line, *origin(f)), []).append(f.text)
     return [(*at, "#" + digest(" ".join(ts))[:8] if csv else " ".join(ts)) for at, ts in lines.items()]
 
-def ledger_text(made_by: str, study: str,          # module:function; the study it reports, "" for another program
-                runs: dict[str, tuple[str, str]],      # study/run -> id, digest
-                files: dict[str, list]) -> str:                      # path as seen from the ledger -> from `_line_entries`
+# %% ../nbs/80_published.ipynb #9304312c
+def ledger_text(
+    made_by: str,
+    study: str,  # module:function; the study it reports, "" for another program
+    runs: dict[str, tuple[str, str]],  # study/run -> id, digest
+    files: dict[str, list],
+) -> str:  # path as seen from the ledger -> from `_line_entries`
     "The JSON of a ledger, an entry a line."
     sets, names = {}, {n: i for i, n in enumerate(runs)}
-    rows = {f: [[line, sets.setdefault(rs, len(sets)), how, what] for line, rs, how, what in entries] for f, entries in files.items()}
+    rows = {
+        f: [[line, sets.setdefault(rs, len(sets)), how, what] for line, rs, how, what in entries]
+        for f, entries in files.items()
+    }
     dump = lambda x: json.dumps(x, ensure_ascii=False)
-    def lines(items): return ",\n".join(items)
-    return ("{\n\"made_by\": " + dump(made_by) + ",\n\"study\": " + dump(study) + ",\n\"runs\": {\n" + lines(f"{dump(n)}: {dump(list(r))}" for n, r in runs.items()) + "\n},\n\"sets\": [\n"
-            + lines(dump([names[n] for n in rs]) for rs in sets) + "\n],\n\"files\": {\n" + lines(f"{dump(f)}: [\n" + lines(map(dump, es)) + "\n]" for f, es in rows.items()) + "\n}\n}\n")
 
-def read_ledger(file: Path) -> dict:               # made_by, runs, files: path -> [(line, names of runs, how, numbers)]
+    def lines(items):
+        return ",\n".join(items)
+
+    return (
+        '{\n"made_by": '
+        + dump(made_by)
+        + ',\n"study": '
+        + dump(study)
+        + ',\n"runs": {\n'
+        + lines(f"{dump(n)}: {dump(list(r))}" for n, r in runs.items())
+        + '\n},\n"sets": [\n'
+        + lines(dump([names[n] for n in rs]) for rs in sets)
+        + '\n],\n"files": {\n'
+        + lines(f"{dump(f)}: [\n" + lines(map(dump, es)) + "\n]" for f, es in rows.items())
+        + "\n}\n}\n"
+    )
+
+# %% ../nbs/80_published.ipynb #ee304d37
+def read_ledger(file: Path) -> dict:  # made_by, runs, files: path -> [(line, names of runs, how, numbers)]
     "A ledger as it was written. ValueError when it cannot be read."
     try:
         raw = json.loads(Path(file).read_text())
         names = list(raw["runs"])
         sets = [tuple(names[i] for i in s) for s in raw["sets"]]
-        return {"made_by": raw["made_by"], "study": raw["study"], "runs": {n: tuple(r) for n, r in raw["runs"].items()}, "files": {f: [(line, sets[s], how, what) for line, s, how, what in es] for f, es in raw["files"].items()}}
-    except (ValueError, KeyError, IndexError, TypeError) as e: raise ValueError(f"{file} is no ledger ({type(e).__name__}: {e}): `make figures` writes it anew") from None
+        return {
+            "made_by": raw["made_by"],
+            "study": raw["study"],
+            "runs": {n: tuple(r) for n, r in raw["runs"].items()},
+            "files": {f: [(line, sets[s], how, what) for line, s, how, what in es] for f, es in raw["files"].items()},
+        }
+    except (ValueError, KeyError, IndexError, TypeError) as e:
+        raise ValueError(f"{file} is no ledger ({type(e).__name__}: {e}): `make figures` writes it anew") from None
 
 # %% ../nbs/80_published.ipynb #ca32fa29
-def _given(text: str, entries: list[Entry]) -> Callable[[Found], Entry | None]:     # of a file
+def _given(text: str, entries: list[Entry]) -> Callable[[Found], Entry | None]:  # of a file
     "Which entry a number of a text lies in, the longest first. Equal entries that stand there as often as they were given belong to their places in order; else the first counts."
     same, spans = {}, []
-    for e in entries: same.setdefault(e.text, []).append(e)
+    for e in entries:
+        same.setdefault(e.text, []).append(e)
     for t in sorted(same, key=len, reverse=True):
         places = [(m.start(), m.end()) for m in re.finditer(re.escape(t), text)]
-        spans += [(*p, e) for p, e in zip(places, same[t] if len(same[t]) == len(places) else same[t][:1] * len(places))]
+        spans += [
+            (*p, e) for p, e in zip(places, same[t] if len(same[t]) == len(places) else same[t][:1] * len(places))
+        ]
     return lambda f: next((e for a, b, e in spans if a <= f.start and f.start + len(f.text) <= b), None)
 
-def _save(self, files: Iterable[Path],             # that were written with the ledger's texts
-          path: Path | None = None,                # default: <name of the first file>.numbers.json beside it
-          results: Path | None = None,             # folder of the studies
-         ) -> Path:
+# %% ../nbs/80_published.ipynb #31cf77f4
+def _save(
+    self,
+    files: Iterable[Path],  # that were written with the ledger's texts
+    path: Path | None = None,  # default: <name of the first file>.numbers.json beside it
+    results: Path | None = None,  # folder of the studies
+) -> Path:
     "Write the ledger of published files. ValueError naming the numbers that nobody asked the ledger for, or a run that is not there."
     files, results = [Path(f) for f in files], Path(results or find_root() / "papermill_runs")
     path = Path(path or files[0].with_suffix(".numbers.json"))
@@ -234,186 +339,313 @@ def _save(self, files: Iterable[Path],             # that were written with the 
     for file in files:
         text = shown(file.read_text(), file.suffix)
         of = _given(text, self.entries)
+
         def origin(f):
             e = of(f) if f else None
-            if f is None: return tuple(dict.fromkeys(n for r in resolved.values() for n in r)), "given"
-            if e is None: problems.append(f"{file.name}:{f.line}: {f.text}")
+            if f is None:
+                return tuple(dict.fromkeys(n for r in resolved.values() for n in r)), "given"
+            if e is None:
+                problems.append(f"{file.name}:{f.line}: {f.text}")
             return (resolved[e.runs], "given" if e.runs else e.formula) if e else ((), "")
+
         found[os.path.relpath(file, path.parent)] = _line_entries(file, words, origin)
-    if problems: raise ValueError(f"{len(problems)} numbers come from no run: {'; '.join(problems[:10])}. Write them with ledger.number, table or block, or in words of the program")
-    runs = {n: (next(i for i, fs in ids.items() if n in fs), digest((results / n / "run.json").read_bytes())) for n in sorted({n for r in resolved.values() for n in r})}
+    if problems:
+        raise ValueError(
+            f"{len(problems)} numbers come from no run: {'; '.join(problems[:10])}. Write them with ledger.number, table or block, or in words of the program"
+        )
+    runs = {
+        n: (next(i for i, fs in ids.items() if n in fs), digest((results / n / "run.json").read_bytes()))
+        for n in sorted({n for r in resolved.values() for n in r})
+    }
     write_atomic(path, ledger_text(self.made_by, "", runs, found))
     return path
+
 
 Ledger.save = _save
 
 # %% ../nbs/80_published.ipynb #c2e4b083
 class Record(NamedTuple):
     "A finished run, as the origin of numbers."
-    name: str                 # study/run
-    id: str
-    digest: str               # of run.json
-    state: str                # finished, confirmed or stale
-    keys: frozenset           # names of what tells runs apart: parameters, group, run
-    facts: dict               # name -> every value that the record has under it
 
-ALIASES = {"config_name": "config", "routing_type": "router", "avg_experts": "effective_k", "mean_k": "effective_k"}      # a table's name of a column -> the record's
+    name: str  # study/run
+    id: str
+    digest: str  # of run.json
+    state: str  # finished, confirmed or stale
+    keys: frozenset  # names of what tells runs apart: parameters, group, run
+    facts: dict  # name -> every value that the record has under it
+
+
+ALIASES = {
+    "config_name": "config",
+    "routing_type": "router",
+    "avg_experts": "effective_k",
+    "mean_k": "effective_k",
+}  # a table's name of a column -> the record's
+
 
 def _leaves(value, name: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, dict):
-        for k, v in value.items(): yield from _leaves(v, k)
+        for k, v in value.items():
+            yield from _leaves(v, k)
     elif isinstance(value, list):
-        for v in value: yield from _leaves(v, name)
-    elif value is not None: yield name, value
+        for v in value:
+            yield from _leaves(v, name)
+    elif value is not None:
+        yield name, value
 
-def read_records(study: Path,                      # folder of a study
-                 template_root: Path | None = None,
-                ) -> list[Record]:
+# %% ../nbs/80_published.ipynb #9b649502
+def read_records(
+    study: Path,  # folder of a study
+    template_root: Path | None = None,
+) -> list[Record]:
     "The finished runs of a study, stale ones too."
     runs, found = load_runs(study, stale=True, template_root=template_root), []
     for run, stale, confirmed in zip(runs.run, runs.stale, runs.confirmed) if len(runs) else ():
         raw, facts = (study / run / "run.json").read_bytes(), {}
         record = json.loads(raw)
-        told = {"group": record["group"], "run": run, "run_id": record["run_id"], "code": record["code"], "seconds": record["seconds"]}
-        for k, v in _leaves([record["parameters"], record["metrics"], record.get("notes", {}), told]): facts.setdefault(k, []).append(v)
-        named = {k for k, v in _leaves(record.get("notes", {})) if isinstance(v, str)} | {k for k, v in record["parameters"].items() if isinstance(v, (str, int, float))}
-        found.append(Record(f"{study.name}/{run}", record["run_id"], digest(raw), "stale" if stale else "confirmed" if confirmed else "finished", frozenset({*named, "group", "run", "run_id"}), facts))
+        told = {
+            "group": record["group"],
+            "run": run,
+            "run_id": record["run_id"],
+            "code": record["code"],
+            "seconds": record["seconds"],
+        }
+        for k, v in _leaves([record["parameters"], record["metrics"], record.get("notes", {}), told]):
+            facts.setdefault(k, []).append(v)
+        named = {k for k, v in _leaves(record.get("notes", {})) if isinstance(v, str)} | {
+            k for k, v in record["parameters"].items() if isinstance(v, (str, int, float))
+        }
+        found.append(
+            Record(
+                f"{study.name}/{run}",
+                record["run_id"],
+                digest(raw),
+                "stale" if stale else "confirmed" if confirmed else "finished",
+                frozenset({*named, "group", "run", "run_id"}),
+                facts,
+            )
+        )
     return found
 
 # %% ../nbs/80_published.ipynb #c95f1c32
-def agrees(cell: str, value, csv: bool = False) -> bool:     # of a table; of a record
+def agrees(cell: str, value, csv: bool = False) -> bool:  # of a table; of a record
     "Does a cell show a recorded value, rounded to the digits it has (in a CSV: to six digits)?"
-    if isinstance(value, bool) or value is None: return cell.lower() == ("" if value is None else str(value).lower())
-    if not isinstance(value, (int, float)): return cell == str(value)
-    try: shown = float(cell.replace(",", ""))
-    except ValueError: return False
-    if csv: return abs(shown - value) <= 5e-6 * max(abs(shown), abs(value))
+    if isinstance(value, bool) or value is None:
+        return cell.lower() == ("" if value is None else str(value).lower())
+    if not isinstance(value, (int, float)):
+        return cell == str(value)
+    try:
+        shown = float(cell.replace(",", ""))
+    except ValueError:
+        return False
+    if csv:
+        return abs(shown - value) <= 5e-6 * max(abs(shown), abs(value))
     mantissa, _, power = cell.lower().partition("e")
-    return abs(shown - value) <= .50001 * 10.0 ** (int(power or 0) - len(mantissa.partition(".")[2]))
+    return abs(shown - value) <= 0.50001 * 10.0 ** (int(power or 0) - len(mantissa.partition(".")[2]))
 
 # %% ../nbs/80_published.ipynb #c3bffbfa
-def table_rows(text: str, csv: bool = False) -> dict[int, list[tuple[str, str, int, int]]]:     # of a file
+def table_rows(text: str, csv: bool = False) -> dict[int, list[tuple[str, str, int, int]]]:  # of a file
     "Line -> (column, cell, start, end) of each cell, for the tables of a Markdown text or for a CSV without line breaks in its cells."
     rows, at, header = {}, 0, None
     lines = text.split("\n")
     for i, line in enumerate(lines):
-        if csv: spans = [(m.start(1), m.end(1)) for m in re.finditer(r'(?:^|,)("(?:[^"]|"")*"|[^,]*)', line)]
-        else: spans = [(m.start(1), m.end(1)) for m in re.finditer(r"(?<=\|)([^|]*)(?=\|)", line)] if line.startswith("|") else []
+        if csv:
+            spans = [(m.start(1), m.end(1)) for m in re.finditer(r'(?:^|,)("(?:[^"]|"")*"|[^,]*)', line)]
+        else:
+            spans = (
+                [(m.start(1), m.end(1)) for m in re.finditer(r"(?<=\|)([^|]*)(?=\|)", line)]
+                if line.startswith("|")
+                else []
+            )
         cells = [line[a:b].strip().strip('"') for a, b in spans]
-        if (csv and i == 0) or (not csv and spans and i + 1 < len(lines) and re.fullmatch(r"\|[-:| ]+\|", lines[i + 1])): header = cells
-        elif not spans: header = None
-        elif header and len(header) == len(cells): rows[i + 1] = [(h, c, at + a, at + b) for h, c, (a, b) in zip(header, cells, spans)]
+        if (csv and i == 0) or (
+            not csv and spans and i + 1 < len(lines) and re.fullmatch(r"\|[-:| ]+\|", lines[i + 1])
+        ):
+            header = cells
+        elif not spans:
+            header = None
+        elif header and len(header) == len(cells):
+            rows[i + 1] = [(h, c, at + a, at + b) for h, c, (a, b) in zip(header, cells, spans)]
         at += len(line) + 1
     return rows
 
 # %% ../nbs/80_published.ipynb #c1ee4f43
-def titles_of(made_by: str) -> dict[str, set[str]]:      # "module:function"
+def titles_of(made_by: str) -> dict[str, set[str]]:  # "module:function"
     "How a module writes the values of parameters for readers: its tables from text to text, as value -> titles."
     found = {}
     for table in vars(sys.modules.get(made_by.partition(":")[0], sys)).values():
         if isinstance(table, dict) and table and all(isinstance(x, str) for kv in table.items() for x in kv):
-            for k, v in table.items(): found.setdefault(k, set()).add(v)
+            for k, v in table.items():
+                found.setdefault(k, set()).add(v)
     return found
+
 
 def _headings(text: str) -> Callable[[int], str]:
     at = [(i + 1, line.lstrip("# ").lower()) for i, line in enumerate(text.split("\n")) if re.match("#{2,} ", line)]
     return lambda line: next((h for i, h in reversed(at) if i < line), "")
 
-def origins(text: str, records: list[Record], csv: bool = False,
-            titles: dict[str, set[str]] | None = None,      # from `titles_of`
-           ) -> Callable[[Found | None], tuple[tuple[str, ...], str]]:
+# %% ../nbs/80_published.ipynb #0b67e7d6
+def origins(
+    text: str,
+    records: list[Record],
+    csv: bool = False,
+    titles: dict[str, set[str]] | None = None,  # from `titles_of`
+) -> Callable[[Found | None], tuple[tuple[str, ...], str]]:
     "A function that says of a number of a generated file from which runs it comes, and how: recorded, about, computed."
     everything, rows, known_rows, titles = tuple(r.name for r in records), table_rows(text, csv), {}, titles or {}
     names, heading = {n for r in records for n in r.keys}, _headings("" if csv else text)
-    def has(r, column, cell): return any(agrees(cell, v, csv) or cell in titles.get(v, ()) for v in r.facts.get(column, ()) if v.__hash__)
-    words = {r.name: {w.lower() for k in r.keys for v in r.facts[k] if isinstance(v, str) for w in (v, *titles.get(v, ()))} for r in records}
+
+    def has(r, column, cell):
+        return any(agrees(cell, v, csv) or cell in titles.get(v, ()) for v in r.facts.get(column, ()) if v.__hash__)
+
+    words = {
+        r.name: {w.lower() for k in r.keys for v in r.facts[k] if isinstance(v, str) for w in (v, *titles.get(v, ()))}
+        for r in records
+    }
+
     def of_row(line):
         cells = [(ALIASES.get(h, h), c) for h, c, *_ in rows[line]]
         listed = {n for h, c in cells if h in ("run", "runs") for n in re.split(r"[\s,;]+", c)}
         about = [r for r in records if r.name.partition("/")[2] in listed or r.name in listed]
         if not about:
             keyed = [(h, c) for h, c in cells if h in names and c not in ("", "-")]
-            about = [r for r in records if all(h not in r.keys or has(r, h, c) for h, c in keyed) and any(h in r.keys for h, _ in keyed)] or records
+            about = [
+                r
+                for r in records
+                if all(h not in r.keys or has(r, h, c) for h, c in keyed) and any(h in r.keys for h, _ in keyed)
+            ] or records
             about = [r for r in about if heading(line) in words[r.name]] or about
+
         def fits(r):
             told = [has(r, h, c) for h, c in cells if h in r.facts and h not in r.keys and NUMBER.search(c)]
             return bool(told) and all(told)
+
         return about, [r for r in about if fits(r)]
+
     def origin(f):
-        if f is None or f.line not in rows: return everything, "computed"
-        if f.line not in known_rows: known_rows[f.line] = of_row(f.line)
+        if f is None or f.line not in rows:
+            return everything, "computed"
+        if f.line not in known_rows:
+            known_rows[f.line] = of_row(f.line)
         about, exact = known_rows[f.line]
         column, cell = next(((ALIASES.get(h, h), c) for h, c, a, b in rows[f.line] if a <= f.start < b), ("", ""))
-        if len(exact) == 1 and has(exact[0], column, cell): return (exact[0].name,), "recorded"
-        if 0 < len(about) < len(records): return tuple(r.name for r in about), "about"
+        if len(exact) == 1 and has(exact[0], column, cell):
+            return (exact[0].name,), "recorded"
+        if 0 < len(about) < len(records):
+            return tuple(r.name for r in about), "about"
         return everything, "computed"
+
     return origin
 
 # %% ../nbs/80_published.ipynb #ca0e34d8
 _EVENTS: ContextVar[list | None] = ContextVar("events", default=None)
 
-def _hear(event: str, args: tuple, heard: ContextVar = _EVENTS) -> None:      # bound here: a hook outlives the names of its module
-    if event not in ("open", "os.rename") or (events := heard.get()) is None: return
+
+def _hear(
+    event: str, args: tuple, heard: ContextVar = _EVENTS
+) -> None:  # bound here: a hook outlives the names of its module
+    if event not in ("open", "os.rename") or (events := heard.get()) is None:
+        return
     absolute = lambda a: os.path.abspath(os.fsdecode(a)) if isinstance(a, (str, bytes, os.PathLike)) else a
     events.append((event, absolute(args[0]), *(args[1:] if event == "open" else map(absolute, args[1:2]))))
 
-@cache
-def _listen() -> None: sys.addaudithook(_hear)
 
+@cache
+def _listen() -> None:
+    sys.addaudithook(_hear)
+
+# %% ../nbs/80_published.ipynb #fd07cc0c
 @dataclass
 class Watched:
     "Files that this process read and wrote."
+
     events: list
+
     def read(self) -> list[Path]:
         "What was opened for reading."
-        return [Path(p) for p in dict.fromkeys(e[1] for e in self.events if e[0] == "open" and isinstance(e[1], str) and not self._writes(e))]
+        return [
+            Path(p)
+            for p in dict.fromkeys(
+                e[1] for e in self.events if e[0] == "open" and isinstance(e[1], str) and not self._writes(e)
+            )
+        ]
+
     def written(self) -> list[Path]:
         "What was opened for writing, under the name that it got in the end."
         names = {}
         for e in self.events:
-            if e[0] == "open" and isinstance(e[1], str) and self._writes(e): names[e[1]] = None
-            if e[0] == "os.rename" and e[1] in names: names.pop(e[1]); names[e[2]] = None
+            if e[0] == "open" and isinstance(e[1], str) and self._writes(e):
+                names[e[1]] = None
+            if e[0] == "os.rename" and e[1] in names:
+                names.pop(e[1])
+                names[e[2]] = None
         return [Path(p) for p in names]
-    @staticmethod
-    def _writes(e) -> bool: return bool(set(e[2]) & set("wax+")) if isinstance(e[2], str) else bool((e[3] or 0) & (os.O_WRONLY | os.O_RDWR))
 
+    @staticmethod
+    def _writes(e) -> bool:
+        return bool(set(e[2]) & set("wax+")) if isinstance(e[2], str) else bool((e[3] or 0) & (os.O_WRONLY | os.O_RDWR))
+
+# %% ../nbs/80_published.ipynb #3dc6d176
 @contextmanager
 def watched() -> Iterator[Watched]:
     "Hear of every file that is opened meanwhile."
     _listen()
     token = _EVENTS.set([])
-    try: yield Watched(_EVENTS.get())
-    finally: _EVENTS.reset(token)
+    try:
+        yield Watched(_EVENTS.get())
+    finally:
+        _EVENTS.reset(token)
 
 # %% ../nbs/80_published.ipynb #c49d6007
 TEXT = (".md", ".csv", ".json", ".jsonl", ".tex", ".txt", ".html")
 
+
 @contextmanager
 def code_looked_up_once() -> Iterator[None]:
     "Keep code hashes for as long as nothing can change them: a report reads several studies."
-    from moe_routing import runs
-    with mock.patch.multiple(runs, code_hash=cache(runs.code_hash), code_at=cache(runs.code_at)): yield
+    from moe_routing.runs import study as runs
+
+    with mock.patch.multiple(runs, code_hash=cache(runs.code_hash), code_at=cache(runs.code_at)):
+        yield
+
 
 def _runs_read(seen: Watched, plan: Plan) -> list[Record]:
     results, studies = plan.folder.resolve().parent, {}
     for file in seen.read():
-        if file.name == "run.json" and file.parent.parent.parent == results: studies.setdefault(file.parent.parent, set()).add(file.parent.name)
-    return [r for study, names in studies.items() for r in read_records(study) if r.state != "stale" and (run := r.name.partition("/")[2]) in names and (run in plan.runs or study != plan.folder.resolve())]
+        if file.name == "run.json" and file.parent.parent.parent == results:
+            studies.setdefault(file.parent.parent, set()).add(file.parent.name)
+    return [
+        r
+        for study, names in studies.items()
+        for r in read_records(study)
+        if r.state != "stale"
+        and (run := r.name.partition("/")[2]) in names
+        and (run in plan.runs or study != plan.folder.resolve())
+    ]
+
 
 def _entries(file: Path, words: Iterable[str], records: list[Record], made_by: str) -> list:
     return _line_entries(file, words, origins(file.read_text(), records, file.suffix == ".csv", titles_of(made_by)))
 
-def build(report: Callable[[Plan], Path], plan: Plan) -> Path:       # of the study's report
+# %% ../nbs/80_published.ipynb #51128403
+def build(report: Callable[[Plan], Path], plan: Plan) -> Path:  # of the study's report
     "Make the report of a study, with its ledger."
     with code_looked_up_once(), watched() as seen:
         path = report(plan)
-        if plan.overrides: return path
+        if plan.overrides:
+            return path
         places = (path.resolve().parent, find_root() / "figures")
         files = [f for f in seen.written() if f.suffix in TEXT and f.parent in places]
         records, made_by = _runs_read(seen, plan), f"{report.__module__}:{report.__name__}"
     words = words_of(made_by)
-    found = {os.path.relpath(f, path.resolve().parent): _entries(f, (*words, plan.study.question), records, made_by) for f in files}
-    write_atomic(path.with_suffix(".numbers.json"), ledger_text(made_by, plan.study.name, {r.name: (r.id, r.digest) for r in records}, found))
+    found = {
+        os.path.relpath(f, path.resolve().parent): _entries(f, (*words, plan.study.question), records, made_by)
+        for f in files
+    }
+    write_atomic(
+        path.with_suffix(".numbers.json"),
+        ledger_text(made_by, plan.study.name, {r.name: (r.id, r.digest) for r in records}, found),
+    )
     return path
 
 # %% ../nbs/80_published.ipynb #c8589c16
@@ -421,80 +653,137 @@ def _mirror(source: Path, target: Path) -> None:
     "Copy the texts of a folder and link what is only read: records of runs, notebooks, programs. Other folders are entered."
     target.mkdir(parents=True, exist_ok=True)
     for f in source.iterdir() if source.is_dir() else ():
-        if (target / f.name).exists() or (source.name, f.name) in (("nbs", "runs"),): continue
-        if f.name in ("nbs", "figures", "papermill_runs") and (source / "settings.ini").exists(): continue
-        if f.is_file() and f.suffix in TEXT: (target / f.name).write_bytes(f.read_bytes())
-        elif f.is_dir() and source.name == "papermill_runs" and f.name not in ("studies", "profiles"): _mirror(f, target / f.name)
-        elif f.is_dir() and source.parent.name == "papermill_runs" and (any(f.glob("*.tex")) or not (f / "run.json").is_file()): _mirror(f, target / f.name)
-        elif f.suffix != ".png" or (source / "run.json").is_file(): (target / f.name).symlink_to(f)     # a run is whole with the figures it lists
+        if (target / f.name).exists() or (source.name, f.name) in (("nbs", "runs"),):
+            continue
+        if f.name in ("nbs", "figures", "papermill_runs") and (source / "settings.ini").exists():
+            continue
+        if f.is_file() and f.suffix in TEXT:
+            (target / f.name).write_bytes(f.read_bytes())
+        elif f.is_dir() and source.name == "papermill_runs" and f.name not in ("studies", "profiles"):
+            _mirror(f, target / f.name)
+        elif (
+            f.is_dir()
+            and source.parent.name == "papermill_runs"
+            and (any(f.glob("*.tex")) or not (f / "run.json").is_file())
+        ):
+            _mirror(f, target / f.name)
+        elif f.suffix != ".png" or (source / "run.json").is_file():
+            (target / f.name).symlink_to(f)  # a run is whole with the figures it lists
 
+# %% ../nbs/80_published.ipynb #4098b2d1
 @contextmanager
 def shadow(root: Path) -> Iterator[Path]:
     "A folder that reads like the repository at `root`; working directory meanwhile. Nothing written there reaches `root`."
     root, back = Path(root).resolve(), Path.cwd()
     with TemporaryDirectory() as folder:
         copy = Path(folder).resolve() / root.name
-        for inside in ("", "figures", "nbs", "papermill_runs"): _mirror(root / inside, copy / inside)
+        for inside in ("", "figures", "nbs", "papermill_runs"):
+            _mirror(root / inside, copy / inside)
         (copy / "nbs" / "runs").mkdir()
-        for f in (root / "nbs" / "runs").glob("*.ipynb"): (copy / "nbs" / "runs" / f.name).write_bytes(f.read_bytes())    # git is asked for them by their path in here
-        settings = {k: v for k, v in os.environ.items() if k != "MOE_ROUTING_RESULTS_DIR"} | {"MOE_ROUTING_DATA_DIR": str(load_settings(root).data_dir)}      # written relative to the repository
+        for f in (root / "nbs" / "runs").glob("*.ipynb"):
+            (copy / "nbs" / "runs" / f.name).write_bytes(f.read_bytes())  # git is asked for them by their path in here
+        settings = {k: v for k, v in os.environ.items() if k != "MOE_ROUTING_RESULTS_DIR"} | {
+            "MOE_ROUTING_DATA_DIR": str(load_settings(root).data_dir)
+        }  # written relative to the repository
         with mock.patch.dict(os.environ, settings, clear=True):
             os.chdir(copy)
-            try: yield copy
-            finally: os.chdir(back)
+            try:
+                yield copy
+            finally:
+                os.chdir(back)
 
 # %% ../nbs/80_published.ipynb #c9b8585a
 @contextmanager
 def _no_drawing() -> Iterator[None]:
     from matplotlib.figure import Figure
-    with mock.patch.object(Figure, "savefig", lambda self, file, **more: Path(file).touch()): yield
+
+    with mock.patch.object(Figure, "savefig", lambda self, file, **more: Path(file).touch()):
+        yield
+
 
 def _plan_as_run(study: str, root: Path) -> Plan:
     "The plan of a study for the device that its runs were made on."
     records = (json.loads(f.read_text()) for f in (Path(root) / "papermill_runs" / study).glob("*/run.json"))
-    device = next((r.get("settings", {}).get("device", "auto") for r in records if r.get("template") == load_study(Path(root) / "papermill_runs" / "studies" / f"{study}.yaml").template), "auto")
-    with mock.patch.dict(os.environ, {"MOE_ROUTING_DEVICE": device}): return plan_study(study, root=root)
+    device = next(
+        (
+            r.get("settings", {}).get("device", "auto")
+            for r in records
+            if r.get("template") == load_study(Path(root) / "papermill_runs" / "studies" / f"{study}.yaml").template
+        ),
+        "auto",
+    )
+    with mock.patch.dict(os.environ, {"MOE_ROUTING_DEVICE": device}):
+        return plan_study(study, root=root)
+
 
 def _remake(made: dict, copy: Path) -> None:
     "Let the program that a ledger names write its files below another root."
     module, _, name = made["made_by"].partition(":")
     write = getattr(import_module(module), name)
-    if not made["study"]: return write(copy)
+    if not made["study"]:
+        return write(copy)
     write(_plan_as_run(made["study"], copy))
 
-def made_again(ledger: Path, root: Path) -> dict[str, str | None]:      # file as the ledger names it -> its new text, None where it was not written
+# %% ../nbs/80_published.ipynb #f87ee516
+def made_again(
+    ledger: Path, root: Path
+) -> dict[str, str | None]:  # file as the ledger names it -> its new text, None where it was not written
     "The files of a ledger, made once more from the runs."
     made, at = read_ledger(ledger), Path(ledger).resolve().parent.relative_to(Path(root).resolve())
     with shadow(root) as copy, _no_drawing(), code_looked_up_once():
         for f in made["files"]:
-            if not (copy / at / f).resolve().is_relative_to(copy): raise ValueError(f"{ledger.name}: {f} lies in the folder of a run, where only the run may write")
-            if (copy / at / f).is_file(): os.utime(copy / at / f, ns=(0, 0))      # whoever writes it gives it another time
+            if not (copy / at / f).resolve().is_relative_to(copy):
+                raise ValueError(f"{ledger.name}: {f} lies in the folder of a run, where only the run may write")
+            if (copy / at / f).is_file():
+                os.utime(copy / at / f, ns=(0, 0))  # whoever writes it gives it another time
         _remake(made, copy)
-        return {f: (copy / at / f).read_text() if (copy / at / f).is_file() and (copy / at / f).stat().st_mtime_ns else None for f in made["files"]}
+        return {
+            f: (copy / at / f).read_text() if (copy / at / f).is_file() and (copy / at / f).stat().st_mtime_ns else None
+            for f in made["files"]
+        }
 
 # %% ../nbs/80_published.ipynb #cd1a6467
-MAKERS = {"moe_routing.claims:publish_claims": "make claims", "moe_routing.paper:write_paper": "make paper"}      # all others: make figures
+MAKERS = {
+    "moe_routing.studies.claims:publish_claims": "make claims",
+    "moe_routing.paper:write_paper": "make paper",
+}  # all others: make figures
 
-def remedy(made_by: str) -> str:       # "module:function"
+
+def remedy(made_by: str) -> str:  # "module:function"
     "What is done about a number that is not what its runs recorded."
     return f"mend the run or the program and `{MAKERS.get(made_by, 'make figures')}`; never the file"
+
 
 def _named(runs: Iterable[str]) -> str:
     runs = list(runs)
     return f"run {runs[0]}" if len(runs) == 1 else f"{len(runs)} runs, first {runs[0]}" if runs else "no run"
 
-def check_runs(made: dict, results: Path, records: dict[str, Record]) -> list[str]:      # from `read_ledger`; of `records_of`
+# %% ../nbs/80_published.ipynb #5c00b2bd
+def check_runs(
+    made: dict, results: Path, records: dict[str, Record]
+) -> list[str]:  # from `read_ledger`; of `records_of`
     "What is wrong with the runs of a ledger."
     problems, stale = [], []
     for name, (run_id, was) in made["runs"].items():
         file, record = results / name / "run.json", records.get(name)
-        if not file.is_file(): problems.append(f"run {name} is gone: {file.name} is missing")
-        elif record is None: problems.append(f"run {name} is not finished")
-        elif record.id != run_id: problems.append(f"run {name} is now {record.id}, the ledger has {run_id}")
-        elif record.digest != was: problems.append(f"run {name}: its run.json is not the one that was published (digest {record.digest}, the ledger has {was})")
-        elif record.state == "stale": stale.append(name)
-    if stale: problems.append(f"built from {len(stale)} stale runs, first {stale[0]}: other code made them. Do them again (FRESH=1) or confirm them")
+        if not file.is_file():
+            problems.append(f"run {name} is gone: {file.name} is missing")
+        elif record is None:
+            problems.append(f"run {name} is not finished")
+        elif record.id != run_id:
+            problems.append(f"run {name} is now {record.id}, the ledger has {run_id}")
+        elif record.digest != was:
+            problems.append(
+                f"run {name}: its run.json is not the one that was published (digest {record.digest}, the ledger has {was})"
+            )
+        elif record.state == "stale":
+            stale.append(name)
+    if stale:
+        problems.append(
+            f"built from {len(stale)} stale runs, first {stale[0]}: other code made them. Do them again (FRESH=1) or confirm them"
+        )
     return problems
+
 
 def records_of(made: dict, results: Path, template_root: Path | None = None) -> dict[str, Record]:
     "The finished runs of the studies that a ledger names."
@@ -502,7 +791,7 @@ def records_of(made: dict, results: Path, template_root: Path | None = None) -> 
     return {r.name: r for s in studies if (results / s).is_dir() for r in read_records(results / s, template_root)}
 
 # %% ../nbs/80_published.ipynb #cde7ebb5
-def _unequal(there: list, was: list) -> Iterator[tuple[int, str]]:       # entries of a file as it is, and in its ledger
+def _unequal(there: list, was: list) -> Iterator[tuple[int, str]]:  # entries of a file as it is, and in its ledger
     "Line and what is wrong with it."
     mine, old = ({e[:3]: e[3] for e in entries} for entries in (there, was))
     by_line = lambda entries, line: [e for e in entries if e[0] == line]
@@ -510,86 +799,145 @@ def _unequal(there: list, was: list) -> Iterator[tuple[int, str]]:       # entri
         a, b = by_line(there, line), by_line(was, line)
         numbers_a, numbers_b = (" ".join(e[3] for e in x).split() for x in (a, b))
         new, gone = list(numbers_a), []
-        for t in numbers_b: new.remove(t) if t in new else gone.append(t)
+        for t in numbers_b:
+            new.remove(t) if t in new else gone.append(t)
         runs = _named(dict.fromkeys(n for e in b or a for n in e[1]))
-        if new or gone: yield line, f"{' '.join(new) or 'nothing'} stands there, the ledger has {' '.join(gone) or 'nothing'} ({runs})"
-        else: yield line, f"{' '.join(numbers_a)} no longer comes from the same run: {_named(dict.fromkeys(n for e in a for n in e[1]))}, {a[0][2]}; the ledger has {runs}, {b[0][2]}"
+        if new or gone:
+            yield (
+                line,
+                f"{' '.join(new) or 'nothing'} stands there, the ledger has {' '.join(gone) or 'nothing'} ({runs})",
+            )
+        else:
+            yield (
+                line,
+                f"{' '.join(numbers_a)} no longer comes from the same run: {_named(dict.fromkeys(n for e in a for n in e[1]))}, {a[0][2]}; the ledger has {runs}, {b[0][2]}",
+            )
+
 
 def _differs(there: str, new: str | None, csv: bool) -> Iterator[tuple[int, str]]:
     "Lines in which a file is not what the runs give."
-    if new is None: yield 0, "the program no longer writes it"; return
+    if new is None:
+        yield 0, "the program no longer writes it"
+        return
     a, b = there.split("\n"), new.split("\n")
     for i in range(max(len(a), len(b))):
         x, y = (t[i] if i < len(t) else "" for t in (a, b))
-        if x == y: continue
+        if x == y:
+            continue
         was, now = ([f.text for f in numbers(t, csv)] for t in (x, y))
         pair = next(((p, q) for p, q in zip(was, now) if p != q), (x.strip()[:60], y.strip()[:60]))
         yield i + 1, f"{pair[0] or 'nothing'} stands there, the runs give {pair[1] or 'nothing'}"
 
 # %% ../nbs/80_published.ipynb #c4897ccf
-def check_ledger(ledger: Path,                     # <name>.numbers.json
-                 root: Path | None = None,
-                 again: bool = True,               # also make the files once more?
-                 most: int = 10,                   # findings of one kind that are told for a file
-                ) -> list[str]:                    # findings; empty: all is well
+def check_ledger(
+    ledger: Path,  # <name>.numbers.json
+    root: Path | None = None,
+    again: bool = True,  # also make the files once more?
+    most: int = 10,  # findings of one kind that are told for a file
+) -> list[str]:  # findings; empty: all is well
     "Do the files of a ledger say what its runs recorded?"
-    with code_looked_up_once(): return _check_ledger(ledger, root, again, most)
+    with code_looked_up_once():
+        return _check_ledger(ledger, root, again, most)
 
+# %% ../nbs/80_published.ipynb #ec5ef365
 def _check_ledger(ledger: Path, root: Path | None, again: bool, most: int) -> list[str]:
     root = Path(root or find_root()).resolve()
     ledger, results = Path(ledger).resolve(), root / "papermill_runs"
     here = ledger.relative_to(root)
-    try: made = read_ledger(ledger)
-    except ValueError as e: return [str(e)]
+    try:
+        made = read_ledger(ledger)
+    except ValueError as e:
+        return [str(e)]
     records = records_of(made, results, root)
     problems, findings = [f"{here}: {p}" for p in check_runs(made, results, records)], {}
     own = [records[n] for n in made["runs"] if n in records]
     import_module(made["made_by"].partition(":")[0])
-    words = (*words_of(made["made_by"]), *([plan_study(made["study"], root=root).study.question] if made["study"] else []))
+    words = (
+        *words_of(made["made_by"]),
+        *([plan_study(made["study"], root=root).study.question] if made["study"] else []),
+    )
+
     def tell(f, lines):
-        for line, what in lines: findings.setdefault(f, {}).setdefault(line, what)
+        for line, what in lines:
+            findings.setdefault(f, {}).setdefault(line, what)
+
     for f, was in made["files"].items():
         file = ledger.parent / f
-        if not file.is_file(): problems.append(f"{here}: {f} is missing"); continue
-        tell(f, _unequal(_entries(file, words, own, made["made_by"]) if made["study"] else _as_given(file, words, was), was))
+        if not file.is_file():
+            problems.append(f"{here}: {f} is missing")
+            continue
+        tell(
+            f,
+            _unequal(
+                _entries(file, words, own, made["made_by"]) if made["study"] else _as_given(file, words, was), was
+            ),
+        )
     if again and not problems:
-        try: new = made_again(ledger, root)
-        except (ValueError, RuntimeError, OSError) as e: return [*problems, f"{here}: cannot be made again: {e}"]
-        for f, text in new.items(): tell(f, _differs((ledger.parent / f).read_text(), text, f.endswith(".csv")))
+        try:
+            new = made_again(ledger, root)
+        except (ValueError, RuntimeError, OSError) as e:
+            return [*problems, f"{here}: cannot be made again: {e}"]
+        for f, text in new.items():
+            tell(f, _differs((ledger.parent / f).read_text(), text, f.endswith(".csv")))
     for f, lines in findings.items():
         where = os.path.relpath((ledger.parent / f).resolve(), root)
-        problems += [f"{where}:{line}: {what}" for line, what in sorted(lines.items())[:most]] + ([f"{where}: and {len(lines) - most} more lines"] if len(lines) > most else [])
+        problems += [f"{where}:{line}: {what}" for line, what in sorted(lines.items())[:most]] + (
+            [f"{where}: and {len(lines) - most} more lines"] if len(lines) > most else []
+        )
     return [f"{p}; {remedy(made['made_by'])}" for p in problems]
 
+# %% ../nbs/80_published.ipynb #9346cb5e
 def _as_given(file: Path, words: Iterable[str], was: list) -> list:
     "The entries of a file whose writer named the runs itself: each number belongs where the ledger has it on that line."
     text, csv = shown(file.read_text(), file.suffix), file.suffix == ".csv"
-    if file.suffix in DATA and not csv: return [(*was[0][:3], "#" + digest(text))]
-    if csv: return _line_entries(file, words, lambda f: next(((e[1], e[2]) for e in was if e[0] == f.line), ((), "")))
+    if file.suffix in DATA and not csv:
+        return [(*was[0][:3], "#" + digest(text))]
+    if csv:
+        return _line_entries(file, words, lambda f: next(((e[1], e[2]) for e in was if e[0] == f.line), ((), "")))
     open_, found = {}, {}
-    for e in was: open_.setdefault(e[0], []).extend((t, e[:3]) for t in e[3].split())
+    for e in was:
+        open_.setdefault(e[0], []).extend((t, e[:3]) for t in e[3].split())
     for f in of_runs(text, words):
         at = next((x for x in open_.get(f.line, []) if x[0] == f.text), None)
-        if at: open_[f.line].remove(at)
+        if at:
+            open_[f.line].remove(at)
         found.setdefault(at[1] if at else (f.line, (), "unknown"), []).append(f.text)
     return [(*k, " ".join(ts)) for k, ts in found.items()]
 
 # %% ../nbs/80_published.ipynb #c149556d
-def _rows_of(csv: str, name: str) -> str: return "\n".join(line for line in csv.split("\n") if line.startswith(name + ","))
+def _rows_of(csv: str, name: str) -> str:
+    return "\n".join(line for line in csv.split("\n") if line.startswith(name + ","))
 
-def record_benchmarks(root: Path, names: Iterable[str],      # that were measured just now
-                      device: str) -> Path:
+
+def record_benchmarks(
+    root: Path,
+    names: Iterable[str],  # that were measured just now
+    device: str,
+) -> Path:
     "Write figures/benchmarks.numbers.json for the benchmarks that were measured; those of others stay."
-    from moe_routing.runs import _git
-    file, csv = Path(root) / "figures" / "benchmarks.numbers.json", (Path(root) / "figures" / "benchmarks.csv").read_text()
+    from moe_routing.runs.run import _git
+
+    file, csv = (
+        Path(root) / "figures" / "benchmarks.numbers.json",
+        (Path(root) / "figures" / "benchmarks.csv").read_text(),
+    )
     found = json.loads(file.read_text())["benchmarks"] if file.is_file() else {}
-    for n in names: found[n] = {"code": code_hash(template_path(f"bench_{n}", root)), **_git(root), "device": device, "measured": time.strftime("%Y-%m-%d"), "rows": digest(_rows_of(csv, n))}
+    for n in names:
+        found[n] = {
+            "code": code_hash(template_path(f"bench_{n}", root)),
+            **_git(root),
+            "device": device,
+            "measured": time.strftime("%Y-%m-%d"),
+            "rows": digest(_rows_of(csv, n)),
+        }
     body = ",\n".join(f" {json.dumps(n)}: {json.dumps(found[n])}" for n in sorted(found))
-    write_atomic(file, "{\n\"device\": " + json.dumps(device) + ",\n\"benchmarks\": {\n" + body + "\n}\n}\n")
+    write_atomic(file, '{\n"device": ' + json.dumps(device) + ',\n"benchmarks": {\n' + body + "\n}\n}\n")
     return file
 
 # %% ../nbs/80_published.ipynb #c5bc4afb
-def benchmark_records(root: Path) -> dict:         # device, and of each benchmark when it was measured, and whether by other code
+def benchmark_records(
+    root: Path,
+) -> dict:  # device, and of each benchmark when it was measured, and whether by other code
     "What is known of the measurements in figures/benchmarks.csv."
     file, seen = Path(root) / "figures" / "benchmarks.numbers.json", {}
     made = json.loads(file.read_text()) if file.is_file() else {"device": "unknown", "benchmarks": {}}
@@ -597,24 +945,47 @@ def benchmark_records(root: Path) -> dict:         # device, and of each benchma
     for n, record in made["benchmarks"].items():
         template = template_path(f"bench_{n}", root)
         today = code_hash(template)
-        measured[n] = f"{record['measured']}, {record['device']}" + ("" if _code_of(record, template, Path(root), today, seen) == today else "; stale: by other code")
+        measured[n] = f"{record['measured']}, {record['device']}" + (
+            "" if _code_of(record, template, Path(root), today, seen) == today else "; stale: by other code"
+        )
     return {"device": made["device"], "measured": measured}
 
+# %% ../nbs/80_published.ipynb #22f83dac
 def check_benchmarks(root: Path) -> list[str]:
     "Do figures/benchmarks.* hold what was measured, and does the page say so where it was by other code?"
-    from moe_routing.benchmarks import benchmarks_text, promised
+    from moe_routing.studies.benchmarks import benchmarks_text, promised
+
     figures = Path(root) / "figures"
-    if not (figures / "benchmarks.csv").is_file(): return []
-    if not (figures / "benchmarks.numbers.json").is_file(): return ["figures/benchmarks.csv: no record of what was measured; `make bench` leaves it"]
+    if not (figures / "benchmarks.csv").is_file():
+        return []
+    if not (figures / "benchmarks.numbers.json").is_file():
+        return ["figures/benchmarks.csv: no record of what was measured; `make bench` leaves it"]
     csv, made = (figures / "benchmarks.csv").read_text(), json.loads((figures / "benchmarks.numbers.json").read_text())
     table, problems = pd.read_csv(figures / "benchmarks.csv"), []
     for n in dict.fromkeys(table.benchmark):
         line = next(i for i, row in enumerate(csv.split("\n"), 1) if row.startswith(n + ","))
         record, again = made["benchmarks"].get(n), f"`python -m moe_routing bench {n}` measures it"
-        if record is None: problems.append(f"figures/benchmarks.csv:{line}: benchmark {n} has no record; {again}"); continue
-        if record["rows"] != digest(_rows_of(csv, n)): problems.append(f"figures/benchmarks.csv:{line}: the rows of benchmark {n} are not those that were measured; {again} anew")
+        if record is None:
+            problems.append(f"figures/benchmarks.csv:{line}: benchmark {n} has no record; {again}")
+            continue
+        if record["rows"] != digest(_rows_of(csv, n)):
+            problems.append(
+                f"figures/benchmarks.csv:{line}: the rows of benchmark {n} are not those that were measured; {again} anew"
+            )
     text = (figures / "benchmarks.md").read_text() if (figures / "benchmarks.md").is_file() else ""
-    return problems + [f"figures/benchmarks.md:{line}: {what}" for line, what in _differs(text, benchmarks_text(table, made["device"], benchmark_records(root)["measured"], promised(Path(root) / "papermill_runs")), False)][:10]
+    return (
+        problems
+        + [
+            f"figures/benchmarks.md:{line}: {what}"
+            for line, what in _differs(
+                text,
+                benchmarks_text(
+                    table, made["device"], benchmark_records(root)["measured"], promised(Path(root) / "papermill_runs")
+                ),
+                False,
+            )
+        ][:10]
+    )
 
 # %% ../nbs/80_published.ipynb #c9f064bd
 def _last_value(source: str, names: dict):
@@ -624,8 +995,10 @@ def _last_value(source: str, names: dict):
     exec(compile(tree, "<cell>", "exec"), names)
     return eval(compile(ast.Expression(last.value), "<cell>", "eval"), names) if last else None
 
-def outputs_again(index: Path,                     # notebook whose cells marked `#| echo: false` quote published files
-                 ) -> tuple[dict, set[Path]]:      # the notebook with new outputs; files that were read
+
+def outputs_again(
+    index: Path,  # notebook whose cells marked `#| echo: false` quote published files
+) -> tuple[dict, set[Path]]:  # the notebook with new outputs; files that were read
     "Execute the quoting cells of a notebook in its folder."
     nb, names, back = json.loads(Path(index).read_text()), {}, Path.cwd()
     os.chdir(Path(index).parent)
@@ -633,85 +1006,155 @@ def outputs_again(index: Path,                     # notebook whose cells marked
         with watched() as seen:
             for cell in nb["cells"]:
                 source = "".join(cell["source"])
-                if cell["cell_type"] != "code" or not source.startswith("#| echo: false"): continue
+                if cell["cell_type"] != "code" or not source.startswith("#| echo: false"):
+                    continue
                 value = _last_value(source, names)
-                if value is not None: cell["outputs"] = [{"output_type": "execute_result", "data": {"text/markdown": value.data} if hasattr(value, "data") else {"text/plain": str(value)}, "metadata": {}}]
-    finally: os.chdir(back)
+                if value is not None:
+                    cell["outputs"] = [
+                        {
+                            "output_type": "execute_result",
+                            "data": {"text/markdown": value.data}
+                            if hasattr(value, "data")
+                            else {"text/plain": str(value)},
+                            "metadata": {},
+                        }
+                    ]
+    finally:
+        os.chdir(back)
     return nb, {p for p in map(Path.resolve, seen.read()) if p.suffix in (*TEXT, ".ipynb")}
 
 # %% ../nbs/80_published.ipynb #c6eaa492
-def prose(text: str) -> str:                       # Markdown
+def prose(text: str) -> str:  # Markdown
     "A Markdown text with code, links' targets and comments blanked out; lines stay where they are."
     blank = lambda m: re.sub(r"[^\n]", " ", m[0])
-    for form in (r"(?s)<!--.*?-->", r"(?ms)^```.*?^```", r"`[^`\n]*`", r"(?<=\])\([^)\n]*\)"): text = re.sub(form, blank, text)
+    for form in (r"(?s)<!--.*?-->", r"(?ms)^```.*?^```", r"`[^`\n]*`", r"(?<=\])\([^)\n]*\)"):
+        text = re.sub(form, blank, text)
     return text
 
-def declared(file: Path) -> dict[str, str]:        # text,why -> text: why
+
+def declared(file: Path) -> dict[str, str]:  # text,why -> text: why
     "Numbers that a person may write in the prose of the first page. ValueError for one without a reason."
-    if not Path(file).is_file(): return {}
+    if not Path(file).is_file():
+        return {}
     table = pd.read_csv(file, keep_default_na=False, dtype=str)
-    if bad := [t for t, w in zip(table.text, table.why) if not (NUMBER.search(t) and re.search("[A-Za-z]", t) and w.strip())]: raise ValueError(f"{file}: {bad[0]!r} needs a number, a word beside it and a reason")
+    if bad := [
+        t for t, w in zip(table.text, table.why) if not (NUMBER.search(t) and re.search("[A-Za-z]", t) and w.strip())
+    ]:
+        raise ValueError(f"{file}: {bad[0]!r} needs a number, a word beside it and a reason")
     return dict(zip(table.text, table.why))
 
 # %% ../nbs/80_published.ipynb #c4ffc3a5
-def check_front(root: Path, checked: Iterable[Path],       # files that have a ledger
-               ) -> list[str]:
+def check_front(
+    root: Path,
+    checked: Iterable[Path],  # files that have a ledger
+) -> list[str]:
     "Does README.md quote the published files as they are, and hold no other number than the declared ones?"
     from moe_routing._readme import readme
+
     root = Path(root).resolve()
     index, there = root / "nbs" / "index.ipynb", (root / "README.md").read_text()
-    try: nb, read = outputs_again(index)
-    except Exception as e: return [f"nbs/index.ipynb: what README.md quotes is not there ({type(e).__name__}: {e})"]
+    try:
+        nb, read = outputs_again(index)
+    except Exception as e:
+        return [f"nbs/index.ipynb: what README.md quotes is not there ({type(e).__name__}: {e})"]
     with TemporaryDirectory() as folder:
         (Path(folder) / "index.ipynb").write_text(json.dumps(nb))
         new = readme(Path(folder) / "index.ipynb")
         for cell in nb["cells"]:
-            if cell["cell_type"] == "code": cell["outputs"] = []
+            if cell["cell_type"] == "code":
+                cell["outputs"] = []
         (Path(folder) / "index.ipynb").write_text(json.dumps(nb))
         mine = readme(Path(folder) / "index.ipynb")
-    problems = [f"README.md:{line}: {what}; `make notebooks` quotes the reports anew" for line, what in _differs(there, new, False)][:10]
+    problems = [
+        f"README.md:{line}: {what}; `make notebooks` quotes the reports anew"
+        for line, what in _differs(there, new, False)
+    ][:10]
     known_files = {Path(f).resolve() for f in checked}
-    problems += [f"README.md quotes {os.path.relpath(p, root)}, which has no ledger" for p in sorted(read) if any(p.is_relative_to(root / d) for d in ("papermill_runs", "figures")) and p not in known_files and p.suffix != ".ipynb"]
+    problems += [
+        f"README.md quotes {os.path.relpath(p, root)}, which has no ledger"
+        for p in sorted(read)
+        if any(p.is_relative_to(root / d) for d in ("papermill_runs", "figures"))
+        and p not in known_files
+        and p.suffix != ".ipynb"
+    ]
     words, text = declared(root / "nbs" / "declared_numbers.csv"), prose(mine)
     lines = there.split("\n")
     for f in of_runs(text, words):
         source = mine.split("\n")[f.line - 1]
         at = lines.index(source) + 1 if source in lines else 0
-        problems.append(f"README.md:{at}: {f.text} is written in the prose of nbs/index.ipynb, from no run ({source.strip()[:80]!r}): quote a report, write it in words, or declare it in nbs/declared_numbers.csv")
-    return problems + [f"nbs/declared_numbers.csv: {w!r} is not in the prose of README.md any more: delete it" for w in words if w not in text]
+        problems.append(
+            f"README.md:{at}: {f.text} is written in the prose of nbs/index.ipynb, from no run ({source.strip()[:80]!r}): quote a report, write it in words, or declare it in nbs/declared_numbers.csv"
+        )
+    return problems + [
+        f"nbs/declared_numbers.csv: {w!r} is not in the prose of README.md any more: delete it"
+        for w in words
+        if w not in text
+    ]
 
 # %% ../nbs/80_published.ipynb #caf813d7
-def _row_runs(text: str, study: str) -> Callable[[str], tuple[str, ...]]:       # of a table; folder of the week
+def _row_runs(text: str, study: str) -> Callable[[str], tuple[str, ...]]:  # of a table; folder of the week
     "The runs behind a line of a table: those of its row, else of the whole table."
-    named, ids = {}, lambda s: [f"{of or study}/{run}" for of, run in re.findall(r"(?:([\w.-]+)/)?([\w.-]+)/run\.json", s)]      # a day, or a run of another study
+    named, ids = (
+        {},
+        lambda s: [f"{of or study}/{run}" for of, run in re.findall(r"(?:([\w.-]+)/)?([\w.-]+)/run\.json", s)],
+    )  # a day, or a run of another study
     for line in text.split("\n"):
-        if line.startswith("% ") and line.count(" | ") >= 3: named.setdefault(line[2:].split(" | ")[0], []).extend(ids(line))
+        if line.startswith("% ") and line.count(" | ") >= 3:
+            named.setdefault(line[2:].split(" | ")[0], []).extend(ids(line))
     everything = tuple(dict.fromkeys(r for rs in named.values() for r in rs))
     plain = lambda s: re.sub(r"[^a-z0-9]", "", s.lower())
     titles = {plain(t): tuple(dict.fromkeys(rs)) for t, rs in named.items() if rs}
-    return lambda line: titles.get(plain(re.sub(r"\\text\w+", "", line.split("&")[0])), everything) if "&" in line else everything
+    return lambda line: (
+        titles.get(plain(re.sub(r"\\text\w+", "", line.split("&")[0])), everything) if "&" in line else everything
+    )
 
-def write_tables(root: Path) -> Path | None:       # the ledger; None without a finished week
+# %% ../nbs/80_published.ipynb #1b185815
+def write_tables(root: Path) -> Path | None:  # the ledger; None without a finished week
     "Write the tables of papermill_runs/seven_day/day6_final from the days' records, and the ledger of all that the day published. Its report and summary stay as the run wrote them: they also say what LaTeX that machine had."
-    from moe_routing.week_report import read_week, write_week
+    from moe_routing.studies.week import read_week, write_week
+
     study = Path(root) / "papermill_runs" / "seven_day"
     home = study / "day6_final"
-    if not (home / "run.json").is_file(): return None
+    if not (home / "run.json").is_file():
+        return None
     record = json.loads((home / "run.json").read_text())
     asked, found = record["parameters"], {}
     with TemporaryDirectory() as folder:
-        write_week(read_week(study, asked["need"], asked["mixed"], root), folder, asked["baselines"], asked["text"], record["run_id"])
-        for f in sorted(Path(folder).glob("*.tex")): write_atomic(home / f.name, f.read_text())
-    everything = tuple(dict.fromkeys(f"{study.name}/{r}" for f in home.glob("*.tex") for r in re.findall(r"([\w.-]+)/run\.json", f.read_text()) if (study / r / "run.json").is_file()))
+        write_week(
+            read_week(study, asked["need"], asked["mixed"], root),
+            folder,
+            asked["baselines"],
+            asked["text"],
+            record["run_id"],
+        )
+        for f in sorted(Path(folder).glob("*.tex")):
+            write_atomic(home / f.name, f.read_text())
+    everything = tuple(
+        dict.fromkeys(
+            f"{study.name}/{r}"
+            for f in home.glob("*.tex")
+            for r in re.findall(r"([\w.-]+)/run\.json", f.read_text())
+            if (study / r / "run.json").is_file()
+        )
+    )
     for f in (home / "final_report.txt", home / "final_summary.json"):
-        if not f.is_file(): continue
-        write_atomic(f, f.read_text())       # as it is, so that it counts as written
-        found[f"{home.name}/{f.name}"] = _line_entries(f, words_of("moe_routing.published:write_tables"), lambda n: ((*everything, f"{study.name}/{home.name}"), "given"))
+        if not f.is_file():
+            continue
+        write_atomic(f, f.read_text())  # as it is, so that it counts as written
+        found[f"{home.name}/{f.name}"] = _line_entries(
+            f,
+            words_of("moe_routing.published:write_tables"),
+            lambda n: ((*everything, f"{study.name}/{home.name}"), "given"),
+        )
     for f in sorted(home.glob("*.tex")):
         lines, of = f.read_text().split("\n"), _row_runs(f.read_text(), study.name)
-        found[f"{home.name}/{f.name}"] = _line_entries(f, words_of("moe_routing.published:write_tables"), lambda n: (of(lines[n.line - 1]), "given"))
+        found[f"{home.name}/{f.name}"] = _line_entries(
+            f, words_of("moe_routing.published:write_tables"), lambda n: (of(lines[n.line - 1]), "given")
+        )
     names = sorted({n for es in found.values() for e in es for n in e[1]})
-    runs = {n: (json.loads((raw := (study.parent / n / "run.json").read_bytes()))["run_id"], digest(raw)) for n in names}
+    runs = {
+        n: (json.loads((raw := (study.parent / n / "run.json").read_bytes()))["run_id"], digest(raw)) for n in names
+    }
     write_atomic(study / "day6_final.numbers.json", ledger_text("moe_routing.published:write_tables", "", runs, found))
     return study / "day6_final.numbers.json"
 
@@ -719,58 +1162,119 @@ def write_tables(root: Path) -> Path | None:       # the ledger; None without a 
 def published_files(root: Path) -> list[Path]:
     "Every file that has to have a ledger."
     root = Path(root).resolve()
-    studies = [f for f in (root / "papermill_runs").iterdir() if f.is_dir() and "--" not in f.name and f.name not in ("studies", "profiles", "single")]
-    found = [*root.glob("figures/*"), *(f for s in studies for f in s.glob("*")), *root.glob("papermill_runs/report/**/*"), *(f for s in (".tex", ".txt", "summary.json") for f in root.glob(f"papermill_runs/*/day6*/*{s}"))]
-    return sorted({f for f in found if f.is_file() and f.suffix in TEXT and not f.name.endswith(".numbers.json") and f.name != "confirmed.json" and not f.name.endswith("_log.txt")})
+    studies = [
+        f
+        for f in (root / "papermill_runs").iterdir()
+        if f.is_dir() and "--" not in f.name and f.name not in ("studies", "profiles", "single")
+    ]
+    found = [
+        *root.glob("figures/*"),
+        *(f for s in studies for f in s.glob("*")),
+        *root.glob("papermill_runs/report/**/*"),
+        *(f for s in (".tex", ".txt", "summary.json") for f in root.glob(f"papermill_runs/*/day6*/*{s}")),
+    ]
+    return sorted(
+        {
+            f
+            for f in found
+            if f.is_file()
+            and f.suffix in TEXT
+            and not f.name.endswith(".numbers.json")
+            and f.name != "confirmed.json"
+            and not f.name.endswith("_log.txt")
+        }
+    )
+
 
 def ledgers(root: Path) -> list[Path]:
     "All ledgers of reports, in order."
     return sorted((Path(root).resolve() / "papermill_runs").glob("*/**/*.numbers.json"))
 
+
 def files_of(ledger: Path) -> list[Path]:
     "The files that a ledger speaks for; none when it cannot be read."
-    try: return [(Path(ledger).parent / f).resolve() for f in read_ledger(ledger)["files"]]
-    except ValueError: return []
+    try:
+        return [(Path(ledger).parent / f).resolve() for f in read_ledger(ledger)["files"]]
+    except ValueError:
+        return []
 
+# %% ../nbs/80_published.ipynb #4f700cc6
 def check_cover(root: Path) -> list[str]:
     "Which published files have no ledger?"
     root = Path(root).resolve()
-    covered = {f for made in ledgers(root) for f in files_of(made)} | {root / "figures" / f"benchmarks{s}" for s in (".csv", ".md")}
-    return [f"{f.relative_to(root)}: no ledger says which runs its numbers come from; `make figures` writes it" for f in published_files(root) if f not in covered]
+    covered = {f for made in ledgers(root) for f in files_of(made)} | {
+        root / "figures" / f"benchmarks{s}" for s in (".csv", ".md")
+    }
+    return [
+        f"{f.relative_to(root)}: no ledger says which runs its numbers come from; `make figures` writes it"
+        for f in published_files(root)
+        if f not in covered
+    ]
+
 
 def check(root: Path | None = None, again: bool = True, jobs: int = 2) -> list[str]:
     "All findings about all published files; empty when every number is what its run recorded."
     root = Path(root or find_root()).resolve()
     each = _in_processes(check_ledger, [(made, root, again) for made in ledgers(root)], jobs)
-    return [*check_cover(root), *(p for ps in each for p in ps), *check_benchmarks(root), *check_front(root, [f for made in ledgers(root) for f in files_of(made)] + [root / "figures" / "benchmarks.csv", root / "figures" / "benchmarks.md"])]
+    return [
+        *check_cover(root),
+        *(p for ps in each for p in ps),
+        *check_benchmarks(root),
+        *check_front(
+            root,
+            [f for made in ledgers(root) for f in files_of(made)]
+            + [root / "figures" / "benchmarks.csv", root / "figures" / "benchmarks.md"],
+        ),
+    ]
 
 # %% ../nbs/80_published.ipynb #c24994a1
 _STAYS = ExitStack()
+
 
 def _start_worker() -> None:
     "A process that makes reports imports once and hashes the code once."
     _STAYS.enter_context(code_looked_up_once())
 
+
 def _in_processes(function: Callable, calls: list[tuple], jobs: int) -> list:
     "Results of calls, in order, from several processes."
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}), ProcessPoolExecutor(max(1, min(jobs, len(calls))), mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+
+    with (
+        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
+        ProcessPoolExecutor(
+            max(1, min(jobs, len(calls))), mp_context=get_context("spawn"), initializer=_start_worker
+        ) as pool,
+    ):
         return [job.result() for job in [pool.submit(function, *c) for c in calls]]
+
 
 def _draw(study: str, root: Path) -> str:
     "Build one report; the error as text."
-    from moe_routing.reports import build_report
+    from moe_routing.studies.bh import build_report
+
     start = time.time()
-    try: path = build_report(_plan_as_run(study, root))
-    except (ValueError, RuntimeError, OSError) as e: return f"error: {study}: {e}"
+    try:
+        path = build_report(_plan_as_run(study, root))
+    except (ValueError, RuntimeError, OSError) as e:
+        return f"error: {study}: {e}"
     return f"{time.time() - start:5.1f} s  {path.relative_to(root)}"
 
-def build_all(root: Path | None = None, jobs: int = 2, say=print) -> int:      # number of studies that could not be reported
+# %% ../nbs/80_published.ipynb #fcb2089d
+def build_all(
+    root: Path | None = None, jobs: int = 2, say=print
+) -> int:  # number of studies that could not be reported
     "Draw every study anew that names a report and has runs, and write its ledger: the longest first, in several processes."
     root = Path(root or find_root()).resolve()
-    sizes = {f.stem: len(list((root / "papermill_runs" / f.stem).glob("*/run.json"))) for f in (root / "papermill_runs" / "studies").glob("*.yaml") if load_study(f).report}
+    sizes = {
+        f.stem: len(list((root / "papermill_runs" / f.stem).glob("*/run.json")))
+        for f in (root / "papermill_runs" / "studies").glob("*.yaml")
+        if load_study(f).report
+    }
     lines = _in_processes(_draw, [(s, root) for s in sorted(sizes, key=sizes.get, reverse=True) if sizes[s]], jobs)
-    if (made := write_tables(root)) is not None: lines.append(f"week:   {made.relative_to(root)}")
-    for line in lines: say(line)
+    if (made := write_tables(root)) is not None:
+        lines.append(f"week:   {made.relative_to(root)}")
+    for line in lines:
+        say(line)
     return sum(line.startswith("error") for line in lines)

@@ -26,9 +26,10 @@ from .stats import wilson
 @dataclass(frozen=True)
 class Encoded:
     "A text as token ids, and the part of it that is scored."
-    index: int          # place in the list that was encoded
+
+    index: int  # place in the list that was encoded
     ids: list[int]
-    first: int          # the first scored token; at least 1, because nothing predicts token 0
+    first: int  # the first scored token; at least 1, because nothing predicts token 0
 
     @property
     def scored(self) -> int:
@@ -36,49 +37,59 @@ class Encoded:
         return len(self.ids) - self.first
 
 # %% ../nbs/60_quality.ipynb #c91d8b50
-def encode(tokenizer,
-           texts: list[str],
-           starts: list[int] | None = None,   # for each text the number of characters that are context; None: all is scored
-           max_length: int = 512,             # longest text in tokens
-          ) -> list[Encoded]:                 # without texts of which nothing can be scored
+def encode(
+    tokenizer,
+    texts: list[str],
+    starts: list[int] | None = None,  # for each text the number of characters that are context; None: all is scored
+    max_length: int = 512,  # longest text in tokens
+) -> list[Encoded]:  # without texts of which nothing can be scored
     "Tokenise texts; too long ones lose their end, or with `starts` their beginning. Empty and one-token texts are left out."
     in_range(max_length, 2, float("inf"), "max_length")
     encoded = []
-    if not texts: return encoded
-    tokens = tokenizer(texts, return_offsets_mapping=starts is not None, add_special_tokens=True, return_attention_mask=False)
+    if not texts:
+        return encoded
+    tokens = tokenizer(
+        texts, return_offsets_mapping=starts is not None, add_special_tokens=True, return_attention_mask=False
+    )
     for i, ids in enumerate(tokens["input_ids"]):
         first = 1
         if starts is not None:
             first = next((j for j, (_, end) in enumerate(tokens["offset_mapping"][i]) if end > starts[i]), len(ids))
             cut = max(0, len(ids) - max_length)
             ids, first = ids[cut:], max(1, first - cut)
-        else: ids = ids[:max_length]
-        if len(ids) > first: encoded.append(Encoded(i, ids, first))
+        else:
+            ids = ids[:max_length]
+        if len(ids) > first:
+            encoded.append(Encoded(i, ids, first))
     return encoded
 
 # %% ../nbs/60_quality.ipynb #ceeeb8f3
-def batches(encoded: list[Encoded], batch_size: int,
-            pad: int = 0,                                                # token id of the padding; any, it is masked
-           ) -> Iterator[tuple[list[Encoded], Tensor, Tensor]]:          # members, input_ids (B, S), attention_mask (B, S)
+def batches(
+    encoded: list[Encoded],
+    batch_size: int,
+    pad: int = 0,  # token id of the padding; any, it is masked
+) -> Iterator[tuple[list[Encoded], Tensor, Tensor]]:  # members, input_ids (B, S), attention_mask (B, S)
     "Length-sorted batches, longest first, padded on the right."
     in_range(batch_size, 1, float("inf"), "batch_size")
     order = sorted(encoded, key=lambda e: (-len(e.ids), e.index))
     for at in range(0, len(order), batch_size):
-        members = order[at:at + batch_size]
+        members = order[at : at + batch_size]
         ids = torch.full((len(members), len(members[0].ids)), pad)
         mask = torch.zeros_like(ids)
         for row, e in enumerate(members):
-            ids[row, :len(e.ids)] = torch.tensor(e.ids)
-            mask[row, :len(e.ids)] = 1
+            ids[row, : len(e.ids)] = torch.tensor(e.ids)
+            mask[row, : len(e.ids)] = 1
         yield members, ids, mask
 
 # %% ../nbs/60_quality.ipynb #cce02226
 def _logits(model, ids: Tensor, mask: Tensor, first: int) -> Tensor:
     "(B, S - first, V): the logits that predict the tokens from `first` on."
     options, keep = {}, ids.shape[1] - first + 1
-    if "logits_to_keep" in inspect.signature(model.forward).parameters: options["logits_to_keep"] = keep
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = keep
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     return logits[:, -keep:-1]
+
 
 def _losses(logits: Tensor, targets: Tensor, rows: int = 2048) -> tuple[Tensor, Tensor]:
     "Loss in nats and most likely token for (N, V) logits and (N,) targets; float32 copies of at most `rows` rows at a time."
@@ -91,17 +102,22 @@ def _losses(logits: Tensor, targets: Tensor, rows: int = 2048) -> tuple[Tensor, 
 
 # %% ../nbs/60_quality.ipynb #c7066152
 @torch.inference_mode()
-def score(model, encoded: list[Encoded],
-          batch_size: int = 16,
-          recorder=None,                       # has start(sample_ids, texts) and end(losses), called around each forward
-          names: list[tuple[int, str]] | None = None,   # for the recorder: id and text of every encoded index
-          progress: bool = False,              # show a bar over the texts
-         ) -> dict[int, tuple[Tensor, Tensor]]:  # by index: loss of each scored token in nats, most likely token; both (scored,) on the CPU
+def score(
+    model,
+    encoded: list[Encoded],
+    batch_size: int = 16,
+    recorder=None,  # has start(sample_ids, texts) and end(losses), called around each forward
+    names: list[tuple[int, str]] | None = None,  # for the recorder: id and text of every encoded index
+    progress: bool = False,  # show a bar over the texts
+) -> dict[
+    int, tuple[Tensor, Tensor]
+]:  # by index: loss of each scored token in nats, most likely token; both (scored,) on the CPU
     "Run the model over all texts once and score what is to be scored. A loss that is not finite is an error."
     device, results = model.get_input_embeddings().weight.device, {}
     bar = tqdm(total=len(encoded), unit="text", disable=not progress)
     for members, ids, mask in batches(encoded, batch_size):
-        if recorder is not None: recorder.start([names[e.index][0] for e in members], [names[e.index][1] for e in members])
+        if recorder is not None:
+            recorder.start([names[e.index][0] for e in members], [names[e.index][1] for e in members])
         ids, mask, first = ids.to(device), mask.to(device), min(e.first for e in members)
         logits = _logits(model, ids, mask, first)
         place = torch.arange(first, ids.shape[1], device=device)
@@ -109,10 +125,14 @@ def score(model, encoded: list[Encoded],
         loss, best = _losses(logits[wanted], ids[:, first:][wanted])
         if not loss.isfinite().all():
             row = members[int(wanted.nonzero()[int((~loss.isfinite()).nonzero()[0])][0])]
-            raise ValueError(f"the model's logits are NaN or infinite, first in text {row.index}: the checkpoint or the routing is broken")
+            raise ValueError(
+                f"the model's logits are NaN or infinite, first in text {row.index}: the checkpoint or the routing is broken"
+            )
         parts = [e.scored for e in members]
-        for e, l, b in zip(members, loss.cpu().split(parts), best.cpu().split(parts)): results[e.index] = (l, b)
-        if recorder is not None: recorder.end([float(results[e.index][0].mean()) for e in members])
+        for e, l, b in zip(members, loss.cpu().split(parts), best.cpu().split(parts)):
+            results[e.index] = (l, b)
+        if recorder is not None:
+            recorder.end([float(results[e.index][0].mean()) for e in members])
         bar.update(len(members))
     bar.close()
     return results
@@ -121,37 +141,47 @@ def score(model, encoded: list[Encoded],
 def _ratio_interval(sums: list[float], counts: list[int]) -> tuple[float, float]:
     "95 % interval of sum(sums) / sum(counts), each pair being one text; t with n - 1 degrees of freedom."
     n, ratio = len(sums), sum(sums) / sum(counts)
-    if n < 2: return -math.inf, math.inf
+    if n < 2:
+        return -math.inf, math.inf
     from scipy.stats import t
+
     spread = sum((s - ratio * c) ** 2 for s, c in zip(sums, counts)) / (n - 1)
-    half = t.ppf(.975, n - 1) * math.sqrt(spread / n) / (sum(counts) / n)
+    half = t.ppf(0.975, n - 1) * math.sqrt(spread / n) / (sum(counts) / n)
     return ratio - half, ratio + half
 
 # %% ../nbs/60_quality.ipynb #c7139af9
 @dataclass
 class Result:
     "What was measured, and the rows it was measured from."
-    metrics: dict[str, float]                       # by metric name
-    samples: list[dict]                             # a row for each text: id, loss (mean nats a scored token), tokens, correct, ...
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)   # 95 %, by metric name
+
+    metrics: dict[str, float]  # by metric name
+    samples: list[dict]  # a row for each text: id, loss (mean nats a scored token), tokens, correct, ...
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, by metric name
     chance: dict[str, float] = field(default_factory=dict)  # what guessing reaches, by metric name
-    groups: dict[str, dict] = field(default_factory=dict)   # metrics, interval, chance, count for each kind or domain
-    skipped: int = 0                                # texts that are empty or have one token
+    groups: dict[str, dict] = field(default_factory=dict)  # metrics, interval, chance, count for each kind or domain
+    skipped: int = 0  # texts that are empty or have one token
 
 # %% ../nbs/60_quality.ipynb #c52e1162
 def _records(texts: list) -> list[dict]:
     "Plain strings as records."
     return [dict(id=i, text=t) if isinstance(t, str) else t for i, t in enumerate(texts)]
 
-def _number(record: dict, i: int) -> int: return record["id"] if isinstance(record.get("id"), int) else i
+
+def _number(record: dict, i: int) -> int:
+    return record["id"] if isinstance(record.get("id"), int) else i
+
 
 def _none_left(what: str, count: int):
-    return ValueError(f"{what}: none of the {count} texts can be scored, each is empty or has a single token: give texts of at least two tokens")
+    return ValueError(
+        f"{what}: none of the {count} texts can be scored, each is empty or has a single token: give texts of at least two tokens"
+    )
+
 
 def _grouped(rows: list[dict], key: str) -> dict[str, list[dict]]:
     "Rows by the value of a key, when there is more than one value."
     names = sorted({r[key] for r in rows if key in r})
     return {n: [r for r in rows if r.get(key) == n] for n in names} if len(names) > 1 else {}
+
 
 def _share(rows: list[dict], key: str) -> tuple[float, tuple[float, float]]:
     "The share of rows for which `key` holds, with its interval."
@@ -160,128 +190,252 @@ def _share(rows: list[dict], key: str) -> tuple[float, tuple[float, float]]:
     return share.estimate, (share.low, share.high)
 
 # %% ../nbs/60_quality.ipynb #c3eec4b1
-def perplexity(model, tokenizer,
-               texts: list,               # strings, or records with `text` (and `id`, `domain`)
-               max_length: int = 512,     # longer texts are cut, in tokens
-               batch_size: int = 16,
-               recorder=None,             # see `score`
-               progress: bool = False,
-              ) -> Result:                # perplexity (by tokens), perplexity_per_sample (the seed's), loss, tokens; groups by domain
+def perplexity(
+    model,
+    tokenizer,
+    texts: list,  # strings, or records with `text` (and `id`, `domain`)
+    max_length: int = 512,  # longer texts are cut, in tokens
+    batch_size: int = 16,
+    recorder=None,  # see `score`
+    progress: bool = False,
+) -> Result:  # perplexity (by tokens), perplexity_per_sample (the seed's), loss, tokens; groups by domain
     "Perplexity of a model on texts. Source: seed 002; token weighting as in its later code."
     records = _records(texts)
     encoded = encode(tokenizer, [r["text"] for r in records], max_length=max_length)
-    if not encoded: raise _none_left("perplexity", len(records))
-    scored = score(model, encoded, batch_size, recorder, [(_number(r, i), r["text"]) for i, r in enumerate(records)], progress)
-    rows = [dict(id=records[e.index].get("id", e.index), domain=records[e.index].get("domain", "all"), loss=scored[e.index][0].double().mean().item(), tokens=e.scored) for e in encoded]
+    if not encoded:
+        raise _none_left("perplexity", len(records))
+    scored = score(
+        model, encoded, batch_size, recorder, [(_number(r, i), r["text"]) for i, r in enumerate(records)], progress
+    )
+    rows = [
+        dict(
+            id=records[e.index].get("id", e.index),
+            domain=records[e.index].get("domain", "all"),
+            loss=scored[e.index][0].double().mean().item(),
+            tokens=e.scored,
+        )
+        for e in encoded
+    ]
+
     def measure(rows):
         sums, counts = [r["loss"] * r["tokens"] for r in rows], [r["tokens"] for r in rows]
         low, high = _ratio_interval(sums, counts)
         loss = sum(sums) / sum(counts)
-        return (dict(perplexity=math.exp(loss), perplexity_per_sample=math.exp(sum(r["loss"] for r in rows) / len(rows)), loss=loss, tokens=sum(counts)),
-                dict(perplexity=(math.exp(low), math.exp(min(high, 700))), loss=(low, high)))
+        return (
+            dict(
+                perplexity=math.exp(loss),
+                perplexity_per_sample=math.exp(sum(r["loss"] for r in rows) / len(rows)),
+                loss=loss,
+                tokens=sum(counts),
+            ),
+            dict(perplexity=(math.exp(low), math.exp(min(high, 700))), loss=(low, high)),
+        )
+
     metrics, intervals = measure(rows)
-    groups = {n: dict(zip(("metrics", "intervals"), measure(g)), count=len(g)) for n, g in _grouped(rows, "domain").items()}
+    groups = {
+        n: dict(zip(("metrics", "intervals"), measure(g)), count=len(g)) for n, g in _grouped(rows, "domain").items()
+    }
     return Result(metrics, rows, intervals, groups=groups, skipped=len(records) - len(encoded))
 
 # %% ../nbs/60_quality.ipynb #c52ff7fb
-def unigram_perplexity(tokenizer,
-                       training: list,          # strings or records with `text`: where the tokens are counted
-                       texts: list,             # strings or records with `text`: where they are predicted
-                       max_length: int = 512,
-                      ) -> float:
+def unigram_perplexity(
+    tokenizer,
+    training: list,  # strings or records with `text`: where the tokens are counted
+    texts: list,  # strings or records with `text`: where they are predicted
+    max_length: int = 512,
+) -> float:
     "Token-weighted perplexity of add-one smoothed token frequencies: the control of `perplexity`."
     counts = Counter(t for ids in tokenizer([r["text"] for r in _records(training)]).input_ids for t in ids)
     total, size = sum(counts.values()), len(tokenizer)
-    scored = [t for e in encode(tokenizer, [r["text"] for r in _records(texts)], max_length=max_length) for t in e.ids[e.first:]]
-    if not scored: raise _none_left("unigram_perplexity", len(texts))
+    scored = [
+        t
+        for e in encode(tokenizer, [r["text"] for r in _records(texts)], max_length=max_length)
+        for t in e.ids[e.first :]
+    ]
+    if not scored:
+        raise _none_left("unigram_perplexity", len(texts))
     return math.exp(-sum(math.log((counts[t] + 1) / (total + size)) for t in scored) / len(scored))
 
 # %% ../nbs/60_quality.ipynb #cec013a3
-def lambada(model, tokenizer,
-            records: list[dict],        # of `load_text("lambada")`: text, context, word (and id, kind)
-            max_length: int = 512, batch_size: int = 32,
-            recorder=None,              # see `score`; it hears the whole text, the loss is that of the last word
-            progress: bool = False,
-           ) -> Result:                 # lambada_accuracy, lambada_accuracy_first_token_seed, lambada_word_perplexity; groups by kind
+def lambada(
+    model,
+    tokenizer,
+    records: list[dict],  # of `load_text("lambada")`: text, context, word (and id, kind)
+    max_length: int = 512,
+    batch_size: int = 32,
+    recorder=None,  # see `score`; it hears the whole text, the loss is that of the last word
+    progress: bool = False,
+) -> Result:  # lambada_accuracy, lambada_accuracy_first_token_seed, lambada_word_perplexity; groups by kind
     "Does the model find the last word? Every token of it has to be the most likely one. Source: seed 002, and its one-token convention."
     texts = [r["text"] for r in records]
     encoded = encode(tokenizer, texts, [len(r["context"]) for r in records], max_length)
-    if not encoded: raise _none_left("lambada", len(records))
-    scored, rows = score(model, encoded, batch_size, recorder, [(_number(r, i), r["text"]) for i, r in enumerate(records)], progress), []
+    if not encoded:
+        raise _none_left("lambada", len(records))
+    scored, rows = (
+        score(
+            model, encoded, batch_size, recorder, [(_number(r, i), r["text"]) for i, r in enumerate(records)], progress
+        ),
+        [],
+    )
     for e in encoded:
         record, (loss, best) = records[e.index], scored[e.index]
         one = tokenizer.decode([int(best[0])]).strip().lower()
-        rows.append(dict(id=record.get("id", e.index), kind=record.get("kind", "all"), loss=loss.double().mean().item(), tokens=e.scored, word=record["word"],
-                         correct=best.tolist() == e.ids[e.first:], correct_first_token_seed=one == record["word"].strip().lower()))
+        rows.append(
+            dict(
+                id=record.get("id", e.index),
+                kind=record.get("kind", "all"),
+                loss=loss.double().mean().item(),
+                tokens=e.scored,
+                word=record["word"],
+                correct=best.tolist() == e.ids[e.first :],
+                correct_first_token_seed=one == record["word"].strip().lower(),
+            )
+        )
+
     def measure(rows):
         full, interval = _share(rows, "correct")
         seed, seed_interval = _share(rows, "correct_first_token_seed")
         constant = Counter(r["word"] for r in rows).most_common(1)[0][1] / len(rows)
-        metrics = dict(lambada_accuracy=full, lambada_accuracy_first_token_seed=seed, lambada_word_perplexity=math.exp(sum(r["loss"] * r["tokens"] for r in rows) / len(rows)))
-        return metrics, dict(lambada_accuracy=interval, lambada_accuracy_first_token_seed=seed_interval), dict(lambada_accuracy=constant)
+        metrics = dict(
+            lambada_accuracy=full,
+            lambada_accuracy_first_token_seed=seed,
+            lambada_word_perplexity=math.exp(sum(r["loss"] * r["tokens"] for r in rows) / len(rows)),
+        )
+        return (
+            metrics,
+            dict(lambada_accuracy=interval, lambada_accuracy_first_token_seed=seed_interval),
+            dict(lambada_accuracy=constant),
+        )
+
     metrics, intervals, chance = measure(rows)
-    groups = {n: dict(zip(("metrics", "intervals", "chance"), measure(g)), count=len(g)) for n, g in _grouped(rows, "kind").items()}
+    groups = {
+        n: dict(zip(("metrics", "intervals", "chance"), measure(g)), count=len(g))
+        for n, g in _grouped(rows, "kind").items()
+    }
     return Result(metrics, rows, intervals, chance, groups, len(records) - len(encoded))
 
 # %% ../nbs/60_quality.ipynb #c4472dcf
-def multiple_choice(model, tokenizer,
-                    records: list[dict],        # of `load_choices`: context (or contexts), endings, label (and id, kind)
-                    name: str = "hellaswag",    # the metrics begin with it
-                    max_length: int = 512,
-                    batch_size: int = 16,       # questions in a forward; each has several endings
-                    recorder=None,              # see `score`; ending j of question i has the id i * endings + j
-                    progress: bool = False,
-                   ) -> Result:                 # {name}_accuracy, _unnormalised, _seed; groups by kind; samples carry all losses
+def multiple_choice(
+    model,
+    tokenizer,
+    records: list[dict],  # of `load_choices`: context (or contexts), endings, label (and id, kind)
+    name: str = "hellaswag",  # the metrics begin with it
+    max_length: int = 512,
+    batch_size: int = 16,  # questions in a forward; each has several endings
+    recorder=None,  # see `score`; ending j of question i has the id i * endings + j
+    progress: bool = False,
+) -> Result:  # {name}_accuracy, _unnormalised, _seed; groups by kind; samples carry all losses
     "Which ending does the model find likeliest? Sources: lm-eval's acc_norm and acc; seed 002 for the whole text."
     widest = max((len(r["endings"]) for r in records), default=1)
-    pairs = [(i, c, e) for i, r in enumerate(records) for c, e in zip(r.get("contexts") or [r["context"]] * len(r["endings"]), r["endings"])]
+    pairs = [
+        (i, c, e)
+        for i, r in enumerate(records)
+        for c, e in zip(r.get("contexts") or [r["context"]] * len(r["endings"]), r["endings"])
+    ]
     texts = [f"{c} {e}" for _, c, e in pairs]
-    names = [(_number(records[i], i) * widest + sum(p[0] == i for p in pairs[max(0, n - widest):n]), texts[n]) for n, (i, _, _) in enumerate(pairs)]
-    whole = encode(tokenizer, texts, max_length=10 ** 9)
-    ending = {e.index: e for e in encode(tokenizer, texts, [len(c) for _, c, _ in pairs], 10 ** 9)}
+    names = [
+        (_number(records[i], i) * widest + sum(p[0] == i for p in pairs[max(0, n - widest) : n]), texts[n])
+        for n, (i, _, _) in enumerate(pairs)
+    ]
+    whole = encode(tokenizer, texts, max_length=10**9)
+    ending = {e.index: e for e in encode(tokenizer, texts, [len(c) for _, c, _ in pairs], 10**9)}
     by_question = [[] for _ in records]
     for e in whole:
-        if e.index in ending: by_question[pairs[e.index][0]].append(e)
+        if e.index in ending:
+            by_question[pairs[e.index][0]].append(e)
     usable = [i for i, found in enumerate(by_question) if len(found) == len(records[i]["endings"])]
-    if not usable: raise _none_left(name, len(records))
+    if not usable:
+        raise _none_left(name, len(records))
     cut = [Encoded(e.index, e.ids[-max_length:], 1) for i in usable for e in by_question[i]]
     scored, rows = score(model, cut, batch_size * widest, recorder, names, progress), []
     for i in usable:
         record, losses, tokens, means = records[i], [], [], []
         for e in by_question[i]:
             loss, n = scored[e.index][0].double(), ending[e.index].scored
-            losses.append(loss[-n:].sum().item()); tokens.append(min(n, len(loss))); means.append(loss.mean().item())
-        def least(values): return min(range(len(values)), key=values.__getitem__)
-        picks = dict(choice=least([l / max(1, len(t)) for l, t in zip(losses, record["endings"])]), choice_unnormalised=least(losses), choice_seed=least(means))
+            losses.append(loss[-n:].sum().item())
+            tokens.append(min(n, len(loss)))
+            means.append(loss.mean().item())
+
+        def least(values):
+            return min(range(len(values)), key=values.__getitem__)
+
+        picks = dict(
+            choice=least([l / max(1, len(t)) for l, t in zip(losses, record["endings"])]),
+            choice_unnormalised=least(losses),
+            choice_seed=least(means),
+        )
         label = record["label"]
-        rows.append(dict(id=record.get("id", i), kind=record.get("kind", "all"), loss=losses[label] / tokens[label], tokens=tokens[label], label=label,
-                         losses=losses, whole_text_losses=means, **picks, **{c.replace("choice", "correct"): p == label for c, p in picks.items()}, guess=1 / len(losses)))
+        rows.append(
+            dict(
+                id=record.get("id", i),
+                kind=record.get("kind", "all"),
+                loss=losses[label] / tokens[label],
+                tokens=tokens[label],
+                label=label,
+                losses=losses,
+                whole_text_losses=means,
+                **picks,
+                **{c.replace("choice", "correct"): p == label for c, p in picks.items()},
+                guess=1 / len(losses),
+            )
+        )
+
     def measure(rows):
-        shares = {f"{name}_{c.replace('correct', 'accuracy')}": _share(rows, c) for c in ("correct", "correct_unnormalised", "correct_seed")}
+        shares = {
+            f"{name}_{c.replace('correct', 'accuracy')}": _share(rows, c)
+            for c in ("correct", "correct_unnormalised", "correct_seed")
+        }
         chance = sum(r["guess"] for r in rows) / len(rows)
-        return {k: v for k, (v, _) in shares.items()}, {k: v for k, (_, v) in shares.items()}, dict.fromkeys(shares, chance)
-    groups = {n: dict(zip(("metrics", "intervals", "chance"), measure(g)), count=len(g)) for n, g in _grouped(rows, "kind").items()}
+        return (
+            {k: v for k, (v, _) in shares.items()},
+            {k: v for k, (_, v) in shares.items()},
+            dict.fromkeys(shares, chance),
+        )
+
+    groups = {
+        n: dict(zip(("metrics", "intervals", "chance"), measure(g)), count=len(g))
+        for n, g in _grouped(rows, "kind").items()
+    }
     return Result(*(lambda m, i, c: (m, rows, i, c))(*measure(rows)), groups, len(records) - len(usable))
 
 # %% ../nbs/60_quality.ipynb #c7066152-3
 @torch.inference_mode()
-def measure_speed(model, tokenizer,
-                  texts: list,              # strings or records with `text`
-                  max_length: int = 512, batch_size: int = 16,
-                  repeats: int = 3,         # timed passes, after one that is not
-                 ) -> dict[str, float]:     # tokens_per_second and latency_ms_per_token (medians), _low and _high (extremes), tokens, repeats
+def measure_speed(
+    model,
+    tokenizer,
+    texts: list,  # strings or records with `text`
+    max_length: int = 512,
+    batch_size: int = 16,
+    repeats: int = 3,  # timed passes, after one that is not
+) -> dict[
+    str, float
+]:  # tokens_per_second and latency_ms_per_token (medians), _low and _high (extremes), tokens, repeats
     "Tokens a second of plain forwards over the texts."
     in_range(repeats, 1, 1000, "repeats")
-    encoded, device = encode(tokenizer, [r["text"] for r in _records(texts)], max_length=max_length), model.get_input_embeddings().weight.device
-    if not encoded: raise _none_left("measure_speed", len(texts))
+    encoded, device = (
+        encode(tokenizer, [r["text"] for r in _records(texts)], max_length=max_length),
+        model.get_input_embeddings().weight.device,
+    )
+    if not encoded:
+        raise _none_left("measure_speed", len(texts))
     ready = [(ids.to(device), mask.to(device)) for _, ids, mask in batches(encoded, batch_size)]
+
     def one_pass():
         started = time.perf_counter()
-        for ids, mask in ready: _logits(model, ids, mask, 1)
-        if device.type == "cuda": torch.cuda.synchronize(device)
+        for ids, mask in ready:
+            _logits(model, ids, mask, 1)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter() - started
+
     one_pass()
     tokens = sum(len(e.ids) for e in encoded)
     rates = sorted(tokens / one_pass() for _ in range(repeats))
-    speed = dict(tokens_per_second=median(rates), tokens_per_second_low=rates[0], tokens_per_second_high=rates[-1], tokens=tokens, repeats=repeats)
+    speed = dict(
+        tokens_per_second=median(rates),
+        tokens_per_second_low=rates[0],
+        tokens_per_second_high=rates[-1],
+        tokens=tokens,
+        repeats=repeats,
+    )
     return speed | dict(latency_ms_per_token=1000 / speed["tokens_per_second"])

@@ -22,7 +22,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .core import in_range, known
-from .patching import route
+from .patching.patch import route
 from .routers.zoo import ROUTERS
 from .timing import median_interval
 
@@ -40,30 +40,35 @@ from .timing import median_interval
 @dataclass(frozen=True)
 class Request:
     "One request as the asking side saw it; moments in seconds on one clock."
-    sent: float                      # when it was sent
-    times: tuple[float, ...] = ()    # when each event that carries a token arrived
-    usage: int | None = None         # output tokens by the server's count
+
+    sent: float  # when it was sent
+    times: tuple[float, ...] = ()  # when each event that carries a token arrived
+    usage: int | None = None  # output tokens by the server's count
     input_tokens: int | None = None  # of each sequence, by the server's count
-    error: str = ""                  # why it was broken off; "" for a finished one
-    sequences: int = 1               # sequences that were generated together and share the moments
-    ended: float | None = None       # when a broken one was given up
+    error: str = ""  # why it was broken off; "" for a finished one
+    sequences: int = 1  # sequences that were generated together and share the moments
+    ended: float | None = None  # when a broken one was given up
 
     @property
     def tokens(self) -> int:
         "Output tokens of each sequence: the server's count, or else the events."
         return len(self.times) if self.usage is None else self.usage
+
     @property
     def ttft(self) -> float:
         "Seconds to the first token."
         return self.times[0] - self.sent
+
     @property
     def latency(self) -> float:
         "Seconds to the last token."
         return self.times[-1] - self.sent
+
     @property
     def tpot(self) -> float | None:
         "Seconds for each token after the first; None where there is only one."
         return (self.latency - self.ttft) / (self.tokens - 1) if self.tokens > 1 else None
+
     @property
     def itl(self) -> list[float]:
         "Seconds between one event and the next."
@@ -73,34 +78,64 @@ class Request:
 def _spread(name: str, seconds: list[float], percentiles: Sequence[float]) -> dict:
     "Mean, median with interval, standard deviation and percentiles of some durations, in ms, under vLLM's names; None where there are none."
     import numpy as np
-    names = [f"mean_{name}_ms", f"median_{name}_ms", f"median_{name}_ms_low", f"median_{name}_ms_high", f"std_{name}_ms", *(f"p{p:g}_{name}_ms" for p in percentiles)]
-    if not seconds: return dict.fromkeys(names)
+
+    names = [
+        f"mean_{name}_ms",
+        f"median_{name}_ms",
+        f"median_{name}_ms_low",
+        f"median_{name}_ms_high",
+        f"std_{name}_ms",
+        *(f"p{p:g}_{name}_ms" for p in percentiles),
+    ]
+    if not seconds:
+        return dict.fromkeys(names)
     middle, low, high = median_interval(seconds)
-    return {n: float(1e3 * v) for n, v in zip(names, [np.mean(seconds), middle, low, high, np.std(seconds), *np.percentile(seconds, list(percentiles))])}
+    return {
+        n: float(1e3 * v)
+        for n, v in zip(
+            names, [np.mean(seconds), middle, low, high, np.std(seconds), *np.percentile(seconds, list(percentiles))]
+        )
+    }
 
 # %% ../nbs/62_serving.ipynb #cfea97f2-2
 @dataclass(frozen=True)
 class Measured:
     "What was asked of a model or a server, and what came of it."
-    about: dict              # the settings: input_tokens, batch, concurrency, ...
+
+    about: dict  # the settings: input_tokens, batch, concurrency, ...
     requests: list[Request]  # in the order in which they were asked
-    seconds: float           # wall time of all of them
+    seconds: float  # wall time of all of them
 
     @property
     def finished(self) -> list[Request]:
         "The requests that gave a whole answer."
         return [r for r in self.requests if not r.error]
+
     def metrics(self, percentiles: Sequence[float] = (99,)) -> dict:
         "vLLM's names: completed, failed, output_throughput (tokens/s), mean_, median_, std_ and p99_ of ttft, tpot, itl and e2el in ms."
         done = self.finished
         outputs, inputs = sum(r.sequences * r.tokens for r in done), [r.input_tokens for r in done]
         total = None if None in inputs else sum(r.sequences * r.input_tokens for r in done)
-        found = dict(completed=sum(r.sequences for r in done), failed=sum(r.sequences for r in self.requests if r.error), errors=dict(Counter(r.error for r in self.requests if r.error)),
-                     duration=self.seconds, total_input_tokens=total, total_output_tokens=outputs, output_throughput=outputs / self.seconds if outputs else None,
-                     total_token_throughput=(total + outputs) / self.seconds if outputs and total is not None else None,
-                     counted_by=" and ".join(sorted({"events" if r.usage is None else "usage" for r in done})), counts_differ=sum(r.tokens != len(r.times) for r in done))
-        return found | _spread("ttft", [r.ttft for r in done], percentiles) | _spread("tpot", [r.tpot for r in done if r.tpot is not None], percentiles) \
-            | _spread("itl", [g for r in done for g in r.itl], percentiles) | _spread("e2el", [r.latency for r in done], percentiles)
+        found = dict(
+            completed=sum(r.sequences for r in done),
+            failed=sum(r.sequences for r in self.requests if r.error),
+            errors=dict(Counter(r.error for r in self.requests if r.error)),
+            duration=self.seconds,
+            total_input_tokens=total,
+            total_output_tokens=outputs,
+            output_throughput=outputs / self.seconds if outputs else None,
+            total_token_throughput=(total + outputs) / self.seconds if outputs and total is not None else None,
+            counted_by=" and ".join(sorted({"events" if r.usage is None else "usage" for r in done})),
+            counts_differ=sum(r.tokens != len(r.times) for r in done),
+        )
+        return (
+            found
+            | _spread("ttft", [r.ttft for r in done], percentiles)
+            | _spread("tpot", [r.tpot for r in done if r.tpot is not None], percentiles)
+            | _spread("itl", [g for r in done for g in r.itl], percentiles)
+            | _spread("e2el", [r.latency for r in done], percentiles)
+        )
+
     def broken(self) -> list[dict]:
         "The requests without a whole answer: which, why, how many tokens had come."
         return [dict(index=i, error=r.error, tokens=len(r.times)) for i, r in enumerate(self.requests) if r.error]
@@ -109,128 +144,208 @@ class Measured:
 def positions_of(model) -> int | None:
     "How many tokens a model was made for; None where its configuration does not say."
     config = model.config.get_text_config()
-    return next((p for n in ("max_position_embeddings", "n_positions", "max_sequence_length") if (p := getattr(config, n, None))), None)
+    return next(
+        (
+            p
+            for n in ("max_position_embeddings", "n_positions", "max_sequence_length")
+            if (p := getattr(config, n, None))
+        ),
+        None,
+    )
+
 
 def check_length(input_tokens: int, output_tokens: int, positions: int | None) -> None:
     "ValueError when prompt and answer together are longer than a model's positions."
     in_range(input_tokens, 1, float("inf"), "input_tokens"), in_range(output_tokens, 1, float("inf"), "output_tokens")
     if positions and input_tokens + output_tokens > positions:
-        raise ValueError(f"input_tokens = {input_tokens} and output_tokens = {output_tokens} make {input_tokens + output_tokens}, but the model has {positions} positions: "
-                         f"input_tokens can be {max(positions - output_tokens, 0)} at most with this output_tokens")
+        raise ValueError(
+            f"input_tokens = {input_tokens} and output_tokens = {output_tokens} make {input_tokens + output_tokens}, but the model has {positions} positions: "
+            f"input_tokens can be {max(positions - output_tokens, 0)} at most with this output_tokens"
+        )
 
 # %% ../nbs/62_serving.ipynb #ccf68634
-def prompt_ids(tokenizer, input_tokens: int, batch: int,     # length of a prompt; prompts
-               texts: Sequence[str] | None = None,           # to cut prompts from, joined in order and repeated where they are too short; None: random ids
-               generator: torch.Generator | None = None,     # for random ids
-              ) -> Tensor:                                   # (batch, input_tokens) int64
+def prompt_ids(
+    tokenizer,
+    input_tokens: int,
+    batch: int,  # length of a prompt; prompts
+    texts: Sequence[str]
+    | None = None,  # to cut prompts from, joined in order and repeated where they are too short; None: random ids
+    generator: torch.Generator | None = None,  # for random ids
+) -> Tensor:  # (batch, input_tokens) int64
     "Prompts of exactly one length."
     in_range(input_tokens, 1, float("inf"), "input_tokens"), in_range(batch, 1, float("inf"), "batch")
-    if texts is None: return torch.randint(len(tokenizer), (batch, input_tokens), generator=generator)
+    if texts is None:
+        return torch.randint(len(tokenizer), (batch, input_tokens), generator=generator)
     ids = [i for text in tokenizer(list(texts), add_special_tokens=False).input_ids for i in text]
-    if not ids: raise ValueError(f"no tokens in the {len(texts)} texts that prompts should be cut from")
+    if not ids:
+        raise ValueError(f"no tokens in the {len(texts)} texts that prompts should be cut from")
     need = batch * input_tokens
     return torch.tensor((ids * -(-need // len(ids)))[:need]).view(batch, input_tokens)
 
 # %% ../nbs/62_serving.ipynb #c4994cb2
 class _Clock:
     "A stopping criterion that never stops and notes when it was asked, once for each token."
-    def __init__(self, device: torch.device, clock: Callable[[], float]): self.device, self.clock, self.times = device, clock, []
+
+    def __init__(self, device: torch.device, clock: Callable[[], float]):
+        self.device, self.clock, self.times = device, clock, []
+
     def now(self) -> float:
         "The time, once the device has done what it was given."
-        if self.device.type == "cuda": torch.cuda.synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return self.clock()
+
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         self.times.append(self.now())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
+# %% ../nbs/62_serving.ipynb #f71f2b96
 def _generate(model, ids: Tensor, output_tokens: int, clock: Callable[[], float]) -> Request:
     "Generate greedily from a batch of prompts and note the moments."
     from transformers import GenerationConfig, StoppingCriteriaList
-    pad = next((p for p in (model.generation_config.pad_token_id, model.generation_config.eos_token_id) if isinstance(p, int)), 0)
-    plan = GenerationConfig(max_new_tokens=output_tokens, min_new_tokens=output_tokens, do_sample=False, num_beams=1, pad_token_id=pad, use_cache=True)
+
+    pad = next(
+        (p for p in (model.generation_config.pad_token_id, model.generation_config.eos_token_id) if isinstance(p, int)),
+        0,
+    )
+    plan = GenerationConfig(
+        max_new_tokens=output_tokens,
+        min_new_tokens=output_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        use_cache=True,
+    )
     ids = ids.to(model.get_input_embeddings().weight.device)
     watch = _Clock(ids.device, clock)
     sent = watch.now()
-    model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plan, stopping_criteria=StoppingCriteriaList([watch]))
-    if len(watch.times) != output_tokens: raise RuntimeError(f"{type(model).__name__} made {len(watch.times)} tokens, {output_tokens} were asked for")
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=plan,
+        stopping_criteria=StoppingCriteriaList([watch]),
+    )
+    if len(watch.times) != output_tokens:
+        raise RuntimeError(f"{type(model).__name__} made {len(watch.times)} tokens, {output_tokens} were asked for")
     return Request(sent, tuple(watch.times), input_tokens=ids.shape[1], sequences=len(ids))
 
 # %% ../nbs/62_serving.ipynb #cd5ad8a5
-def with_room(run: Callable[[int], object],   # called with a batch size
-              batch: int,                     # to try first
-              halve: bool = True,             # after CUDA ran out of memory, try half of it?
-              what: str = "",                 # what was run, for the message
-             ) -> tuple[object, int]:         # what `run` returned, and the batch it was run with
+def with_room(
+    run: Callable[[int], object],  # called with a batch size
+    batch: int,  # to try first
+    halve: bool = True,  # after CUDA ran out of memory, try half of it?
+    what: str = "",  # what was run, for the message
+) -> tuple[object, int]:  # what `run` returned, and the batch it was run with
     "Run with the largest batch that fits, halving from `batch`; RuntimeError that names the setting to lower."
     while True:
-        try: return run(batch), batch
-        except torch.OutOfMemoryError as e: said = str(e).splitlines()[0][:120]
-        if torch.cuda.is_available(): torch.cuda.empty_cache()
+        try:
+            return run(batch), batch
+        except torch.OutOfMemoryError as e:
+            said = str(e).splitlines()[0][:120]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         if batch == 1 or not halve:
             lower = "batch" if batch > 1 else "input_tokens or output_tokens"
-            raise RuntimeError(f"CUDA is out of memory at batch {batch}{what}: lower {lower}, or load the model with quantize='8bit' or '4bit' ({said})")
+            raise RuntimeError(
+                f"CUDA is out of memory at batch {batch}{what}: lower {lower}, or load the model with quantize='8bit' or '4bit' ({said})"
+            )
         batch //= 2
 
 # %% ../nbs/62_serving.ipynb #c16a2fb3
-def measure_generation(model, tokenizer,
-                       input_tokens: int = 128,                   # of each prompt
-                       batch: int = 1,                            # prompts generated together
-                       output_tokens: int = 32,                   # of each answer
-                       warmup: int = 1, repeats: int = 5,         # generations before the clock counts; counted ones
-                       texts: Sequence[str] | None = None,        # as for `prompt_ids`
-                       halve: bool = True,                        # halve the batch when CUDA is out of memory
-                       generator: torch.Generator | None = None,  # for random prompts
-                       clock: Callable[[], float] = perf_counter,
-                      ) -> Measured:                              # about: the settings, batch as run and batch_asked, device, dtype
+def measure_generation(
+    model,
+    tokenizer,
+    input_tokens: int = 128,  # of each prompt
+    batch: int = 1,  # prompts generated together
+    output_tokens: int = 32,  # of each answer
+    warmup: int = 1,
+    repeats: int = 5,  # generations before the clock counts; counted ones
+    texts: Sequence[str] | None = None,  # as for `prompt_ids`
+    halve: bool = True,  # halve the batch when CUDA is out of memory
+    generator: torch.Generator | None = None,  # for random prompts
+    clock: Callable[[], float] = perf_counter,
+) -> Measured:  # about: the settings, batch as run and batch_asked, device, dtype
     "Measure generation in this process, under `route` too. ValueError when the prompt is too long, RuntimeError when memory does not suffice."
     in_range(warmup, 0, 10**6, "warmup"), in_range(repeats, 1, 10**6, "repeats")
     check_length(input_tokens, output_tokens, positions_of(model))
     ids = prompt_ids(tokenizer, input_tokens, batch, texts, generator)
+
     def run(size):
-        for _ in range(warmup): _generate(model, ids[:size], output_tokens, clock)
+        for _ in range(warmup):
+            _generate(model, ids[:size], output_tokens, clock)
         return [_generate(model, ids[:size], output_tokens, clock) for _ in range(repeats)]
+
     requests, ran = with_room(run, batch, halve, f", {input_tokens} + {output_tokens} tokens")
     weight = model.get_input_embeddings().weight
-    about = dict(input_tokens=input_tokens, batch=ran, batch_asked=batch, output_tokens=output_tokens, warmup=warmup, repeats=repeats, device=weight.device.type, dtype=str(weight.dtype).removeprefix("torch."))
+    about = dict(
+        input_tokens=input_tokens,
+        batch=ran,
+        batch_asked=batch,
+        output_tokens=output_tokens,
+        warmup=warmup,
+        repeats=repeats,
+        device=weight.device.type,
+        dtype=str(weight.dtype).removeprefix("torch."),
+    )
     return Measured(about, requests, sum(r.latency for r in requests))
 
 # %% ../nbs/62_serving.ipynb #cfa66bac
-GRID = dict(inputs=(128, 512, 1024, 2048), batches=(1, 4, 8, 16))   # of the seven-day plan
+GRID = dict(inputs=(128, 512, 1024, 2048), batches=(1, 4, 8, 16))  # of the seven-day plan
 
-def measure_grid(model, tokenizer,
-                 inputs: Sequence[int] = GRID["inputs"], batches: Sequence[int] = GRID["batches"],
-                 progress: bool = False,      # show a bar
-                 **options,                   # of `measure_generation`
-                ):                            # pandas DataFrame: input_tokens, batch_asked, batch (as run), reason, and `Measured.metrics`
+
+def measure_grid(
+    model,
+    tokenizer,
+    inputs: Sequence[int] = GRID["inputs"],
+    batches: Sequence[int] = GRID["batches"],
+    progress: bool = False,  # show a bar
+    **options,  # of `measure_generation`
+):  # pandas DataFrame: input_tokens, batch_asked, batch (as run), reason, and `Measured.metrics`
     "Measure every combination; one that cannot run is a row with its reason and without numbers."
     import pandas as pd
+
     rows = []
     for length, batch in tqdm([(i, b) for i in inputs for b in batches], desc="generation", disable=not progress):
         row = dict(input_tokens=length, batch_asked=batch, batch=None, reason="")
         try:
             found = measure_generation(model, tokenizer, length, batch, **options)
             row |= {"batch": found.about["batch"], **found.metrics()}
-            if row["batch"] < batch: row["reason"] = f"CUDA out of memory at batch {batch}"
+            if row["batch"] < batch:
+                row["reason"] = f"CUDA out of memory at batch {batch}"
         except (ValueError, RuntimeError) as e:
-            if not ("positions" in str(e) or "out of memory" in str(e)): raise
+            if not ("positions" in str(e) or "out of memory" in str(e)):
+                raise
             row["reason"] = str(e)
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../nbs/62_serving.ipynb #c0ef9f2e
-def compare_rules(model, tokenizer,
-                  rules: dict[str, object],             # name -> rule (None: the model's own gate); the first is what the others are compared with
-                  input_tokens: int = 128, batch: int = 1, output_tokens: int = 32,
-                  warmup: int = 1, repeats: int = 9,    # generations of each, in turns
-                  texts: Sequence[str] | None = None,   # as for `prompt_ids`
-                  experts: str = "ragged",              # as for `route`
-                  generator: torch.Generator | None = None,
-                  clock: Callable[[], float] = perf_counter,
-                 ):                                     # pandas DataFrame, a row a rule: mean_k (experts a token), ttft_ms, tpot_ms, e2el_ms (medians), and each one's ratio to the first with _low and _high
+def compare_rules(
+    model,
+    tokenizer,
+    rules: dict[
+        str, object
+    ],  # name -> rule (None: the model's own gate); the first is what the others are compared with
+    input_tokens: int = 128,
+    batch: int = 1,
+    output_tokens: int = 32,
+    warmup: int = 1,
+    repeats: int = 9,  # generations of each, in turns
+    texts: Sequence[str] | None = None,  # as for `prompt_ids`
+    experts: str = "ragged",  # as for `route`
+    generator: torch.Generator | None = None,
+    clock: Callable[[], float] = perf_counter,
+):  # pandas DataFrame, a row a rule: mean_k (experts a token), ttft_ms, tpot_ms, e2el_ms (medians), and each one's ratio to the first with _low and _high
     "Wall clock of one model under several routing rules, in turns."
     import pandas as pd
-    in_range(warmup, 0, 10**6, "warmup"), in_range(repeats, 1, 10**6, "repeats"), check_length(input_tokens, output_tokens, positions_of(model))
-    if not rules: raise ValueError("rules is empty: name at least one, such as {'own': None}")
+
+    (
+        in_range(warmup, 0, 10**6, "warmup"),
+        in_range(repeats, 1, 10**6, "repeats"),
+        check_length(input_tokens, output_tokens, positions_of(model)),
+    )
+    if not rules:
+        raise ValueError("rules is empty: name at least one, such as {'own': None}")
     first, ids = next(iter(rules)), prompt_ids(tokenizer, input_tokens, batch, texts, generator)
     names, seen, used = [*rules, f"{first} again"], {}, {}
     rule_of = {**rules, names[-1]: rules[first]}
@@ -238,22 +353,33 @@ def compare_rules(model, tokenizer,
         at = turn % len(names)
         for name in names[at:] + names[:at]:
             with route(model, rule_of[name], experts=experts) as patch:
-                found, _ = with_room(lambda size: _generate(model, ids[:size], output_tokens, clock), batch, False, f", {input_tokens} + {output_tokens} tokens")
-                if turn >= warmup: seen.setdefault(name, []).append(found)
-                if turn == 0: used[name] = patch.report().received
+                found, _ = with_room(
+                    lambda size: _generate(model, ids[:size], output_tokens, clock),
+                    batch,
+                    False,
+                    f", {input_tokens} + {output_tokens} tokens",
+                )
+                if turn >= warmup:
+                    seen.setdefault(name, []).append(found)
+                if turn == 0:
+                    used[name] = patch.report().received
     rows = []
     for name in names:
         row = dict(rule=name, mean_k=used[name])
         for what, of in (("ttft", lambda r: r.ttft), ("tpot", lambda r: r.tpot), ("e2el", lambda r: r.latency)):
-            if output_tokens == 1 and what == "tpot": continue
+            if output_tokens == 1 and what == "tpot":
+                continue
             row[f"{what}_ms"] = 1e3 * median(map(of, seen[name]))
-            row[f"{what}_ratio"], row[f"{what}_ratio_low"], row[f"{what}_ratio_high"] = median_interval([of(a) / of(b) for a, b in zip(seen[name], seen[first])])
+            row[f"{what}_ratio"], row[f"{what}_ratio_low"], row[f"{what}_ratio_high"] = median_interval(
+                [of(a) / of(b) for a, b in zip(seen[name], seen[first])]
+            )
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../nbs/62_serving.ipynb #cd4c9ced
 class EventStream:
     "One streamed answer, fed with bytes and the moment at which they came; `request` makes the record of it."
+
     def __init__(self):
         self.rest, self.times, self.closing = b"", [], None
         self.usage, self.finished, self.error, self.text = {}, False, "", ""
@@ -262,172 +388,306 @@ class EventStream:
         "Take in some bytes; an event may be split anywhere."
         *lines, self.rest = (self.rest + data).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:") and not self.error: self._event(line[5:].strip(), now)
+            if line.startswith(b"data:") and not self.error:
+                self._event(line[5:].strip(), now)
 
     def _event(self, data: bytes, now: float) -> None:
         if data == b"[DONE]":
             self.finished = True
             return
-        try: event = json.loads(data)
-        except ValueError: event = None
+        try:
+            event = json.loads(data)
+        except ValueError:
+            event = None
         if not isinstance(event, dict):
             self.error = f"the server sent an event that is not a JSON object: {data[:80].decode(errors='replace')!r}"
             return
-        if "error" in event: self.error = f"the server reported: {_words(event)}"
+        if "error" in event:
+            self.error = f"the server reported: {_words(event)}"
         self.usage = event.get("usage") or self.usage
         for choice in (event.get("choices") or [])[:1]:
             delta = choice.get("delta") or {}
-            text = choice.get("text") or delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or ""
+            text = (
+                choice.get("text")
+                or delta.get("content")
+                or delta.get("reasoning_content")
+                or delta.get("reasoning")
+                or ""
+            )
             carries = bool(text or delta.get("tool_calls"))
             self.text, closes = self.text + text, choice.get("finish_reason") is not None
             self.finished |= closes
-            if closes and not carries: self.closing = now
-            elif carries or not delta.get("role"): self.times.append(now)
+            if closes and not carries:
+                self.closing = now
+            elif carries or not delta.get("role"):
+                self.times.append(now)
 
     def request(self, sent: float, error: str = "", ended: float | None = None) -> Request:
         "The record of the answer; broken if `error` says so, the server did, or the answer has no end."
         made = self.usage.get("completion_tokens")
-        times = [*self.times, self.closing] if self.closing is not None and made is not None and made > len(self.times) else self.times
-        error = error or self.error or ("" if self.finished else "the stream ended in the middle of an answer") or ("" if times else "the answer holds no token")
+        times = (
+            [*self.times, self.closing]
+            if self.closing is not None and made is not None and made > len(self.times)
+            else self.times
+        )
+        error = (
+            error
+            or self.error
+            or ("" if self.finished else "the stream ended in the middle of an answer")
+            or ("" if times else "the answer holds no token")
+        )
         return Request(sent, tuple(times), made, self.usage.get("prompt_tokens"), error, ended=ended if error else None)
 
+# %% ../nbs/62_serving.ipynb #671eb03d
 def _words(event: dict | list | str) -> str:
     "What a server says in an error, in one line."
     said = event
-    while isinstance(said, dict): said = next((said[k] for k in ("error", "message", "detail") if k in said), json.dumps(said))
+    while isinstance(said, dict):
+        said = next((said[k] for k in ("error", "message", "detail") if k in said), json.dumps(said))
     return " ".join((said if isinstance(said, str) else json.dumps(said)).split())[:300]
 
 # %% ../nbs/62_serving.ipynb #c7350152
 def server_root(url: str) -> str:
     "The address with /v1 at its end. Raises ValueError."
     url = url.strip().rstrip("/")
-    if not re.match(r"https?://[^/\s]+", url): raise ValueError(f"url = {url!r} is no address of a server: write http://host:port, such as http://localhost:8000")
+    if not re.match(r"https?://[^/\s]+", url):
+        raise ValueError(
+            f"url = {url!r} is no address of a server: write http://host:port, such as http://localhost:8000"
+        )
     url = re.sub(r"/(chat/)?completions$", "", url)
     return url if re.search(r"/v\d+$", url) else url + "/v1"
 
-def serve_command(model: str,                 # hub id or folder
-                  kind: str = "vllm",         # vllm or transformers
-                  port: int = 8000,
-                  gpus: int = 1,              # vllm: split every layer over so many
-                  positions: int | None = None,   # vllm: longest prompt with its answer; less needs less memory
-                  quantize: str | None = None,    # 8bit or 4bit, by bitsandbytes (vllm: 4bit)
-                 ) -> list[str]:              # for subprocess, or " ".join for a shell
+# %% ../nbs/62_serving.ipynb #7ce47c9c
+def serve_command(
+    model: str,  # hub id or folder
+    kind: str = "vllm",  # vllm or transformers
+    port: int = 8000,
+    gpus: int = 1,  # vllm: split every layer over so many
+    positions: int | None = None,  # vllm: longest prompt with its answer; less needs less memory
+    quantize: str | None = None,  # 8bit or 4bit, by bitsandbytes (vllm: 4bit)
+) -> list[str]:  # for subprocess, or " ".join for a shell
     "The command that serves a model. vLLM's prefix cache is off: with it, a repeated prompt costs no prefill and TTFT means nothing."
     if known(kind, ("vllm", "transformers"), "kind of server") == "transformers":
-        return ["transformers", "serve", model, "--host", "127.0.0.1", "--port", str(port), *(["--quantization", f"bnb-{quantize}"] if quantize else [])]
-    return ["vllm", "serve", model, "--port", str(port), "--tensor-parallel-size", str(gpus), "--no-enable-prefix-caching",
-            *(["--max-model-len", str(positions)] if positions else []), *(["--quantization", "bitsandbytes"] if quantize else [])]
+        return [
+            "transformers",
+            "serve",
+            model,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            *(["--quantization", f"bnb-{quantize}"] if quantize else []),
+        ]
+    return [
+        "vllm",
+        "serve",
+        model,
+        "--port",
+        str(port),
+        "--tensor-parallel-size",
+        str(gpus),
+        "--no-enable-prefix-caching",
+        *(["--max-model-len", str(positions)] if positions else []),
+        *(["--quantization", "bitsandbytes"] if quantize else []),
+    ]
 
 # %% ../nbs/62_serving.ipynb #c4102f1f
-def check_servable(router: str = "own",             # own: the checkpoint's gate; or a row of the zoo
-                   k: int | None = None,            # of topk
-                   checkpoint: str | Path | None = None,   # folder that the server serves
-                  ) -> str:                         # what the server runs, in words
+def check_servable(
+    router: str = "own",  # own: the checkpoint's gate; or a row of the zoo
+    k: int | None = None,  # of topk
+    checkpoint: str | Path | None = None,  # folder that the server serves
+) -> str:  # what the server runs, in words
     "ValueError with the reason when a server cannot run a router: only the checkpoint's own gate, or a top-k that the checkpoint was saved with."
-    if known(router, ("own", *ROUTERS), "router") == "own": return "the checkpoint's own gate"
+    if known(router, ("own", *ROUTERS), "router") == "own":
+        return "the checkpoint's own gate"
     reason = f"a server runs the gate of its checkpoint and cannot run {router!r}: `route` acts on a model in this process. Measure it with measure_generation"
-    if router != "topk": raise ValueError(f"{reason}; measure the server with router 'own'")
+    if router != "topk":
+        raise ValueError(f"{reason}; measure the server with router 'own'")
     file = Path(checkpoint or "") / "config.json"
-    if k is None or checkpoint is None or not file.is_file(): raise ValueError(f"{reason}, or give k and the folder of a checkpoint that was saved with this k")
+    if k is None or checkpoint is None or not file.is_file():
+        raise ValueError(f"{reason}, or give k and the folder of a checkpoint that was saved with this k")
     config = json.loads(file.read_text())
-    saved = next((v for n in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts") if isinstance(v := config.get(n), int)), None)
-    if saved != k: raise ValueError(f"{reason}, or save a checkpoint with k = {k}: {file} has {saved}; set model.config.num_experts_per_tok = {k} and call save_pretrained")
+    saved = next(
+        (
+            v
+            for n in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+            if isinstance(v := config.get(n), int)
+        ),
+        None,
+    )
+    if saved != k:
+        raise ValueError(
+            f"{reason}, or save a checkpoint with k = {k}: {file} has {saved}; set model.config.num_experts_per_tok = {k} and call save_pretrained"
+        )
     return f"the checkpoint's own gate with k = {k}"
 
 # %% ../nbs/62_serving.ipynb #c2ddff3e
 def _refusal(status: int, body: str) -> str:
     "An HTTP error with the server's words."
-    try: return f"HTTP {status}: {_words(json.loads(body))}"
-    except ValueError: return f"HTTP {status}: {' '.join(body.split())[:300] or 'no further words'}"
+    try:
+        return f"HTTP {status}: {_words(json.loads(body))}"
+    except ValueError:
+        return f"HTTP {status}: {' '.join(body.split())[:300] or 'no further words'}"
+
 
 async def _ask(session, url: str, body: dict, name: str, timeout: float, clock: Callable[[], float]) -> Request:
     "One request, from sending to the last event. Whatever goes wrong with it is its `error`."
     import aiohttp
+
     stream, error, sent = EventStream(), "", clock()
     try:
-        async with session.post(url, json=body, headers={"X-Request-Id": name}, timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)) as response:
-            if response.status != 200: error = _refusal(response.status, await response.text())
+        async with session.post(
+            url,
+            json=body,
+            headers={"X-Request-Id": name},
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout),
+        ) as response:
+            if response.status != 200:
+                error = _refusal(response.status, await response.text())
             else:
                 async for data in response.content.iter_any():
                     stream.feed(data, clock())
-                    if stream.error: break
-    except aiohttp.ClientConnectorError as e: error = f"no connection: {e.strerror or type(e).__name__}"
-    except TimeoutError: error = f"the server stopped answering: nothing for {timeout:g} s"
-    except aiohttp.ClientError as e: error = f"the connection broke: {type(e).__name__}"
+                    if stream.error:
+                        break
+    except aiohttp.ClientConnectorError as e:
+        error = f"no connection: {e.strerror or type(e).__name__}"
+    except TimeoutError:
+        error = f"the server stopped answering: nothing for {timeout:g} s"
+    except aiohttp.ClientError as e:
+        error = f"the connection broke: {type(e).__name__}"
     return stream.request(sent, error, clock())
 
+# %% ../nbs/62_serving.ipynb #2faa6b28
 async def _models(session, root: str) -> dict[str, int | None]:
     "The names a server has, with the positions it reports for each; empty where it does not say."
     import aiohttp
+
     try:
         async with session.get(f"{root}/models", timeout=aiohttp.ClientTimeout(total=10)) as response:
             return {m["id"]: m.get("max_model_len") for m in (await response.json(content_type=None))["data"]}
-    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError): return {}
+    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
+        return {}
 
 # %% ../nbs/62_serving.ipynb #c982f34d
 def _run(coroutine):
     "Run to the end, also where a loop runs already, as in a notebook."
-    try: asyncio.get_running_loop()
-    except RuntimeError: return asyncio.run(coroutine)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
     from concurrent.futures import ThreadPoolExecutor
-    with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, coroutine).result()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
 
 def _check_first(first: Request, root: str, model: str, models: dict, body: dict) -> None:
     "Turn a failed first request into one error that says what to do; check lengths by the server's count."
     if not first.error:
-        if first.input_tokens: check_length(first.input_tokens, body["max_tokens"], models.get(model))
+        if first.input_tokens:
+            check_length(first.input_tokens, body["max_tokens"], models.get(model))
         return
     if first.error.startswith("no connection"):
-        raise ConnectionError(f"no server answers at {root} ({first.error}): start one, for example with {' '.join(serve_command(model))}")
+        raise ConnectionError(
+            f"no server answers at {root} ({first.error}): start one, for example with {' '.join(serve_command(model))}"
+        )
     if first.error.startswith("HTTP 4") and models:
-        try: known(model, models, "model of the server")
-        except ValueError as e: raise ValueError(f"{root} refused the first request: {first.error.rstrip('.')}; {e}") from None
+        try:
+            known(model, models, "model of the server")
+        except ValueError as e:
+            raise ValueError(f"{root} refused the first request: {first.error.rstrip('.')}; {e}") from None
     kind = ValueError if first.error.startswith("HTTP 4") else RuntimeError
-    raise kind(f"{root} did not answer the first request ({first.error}), so nothing was measured; asked for model {model!r}, {body['max_tokens']} tokens")
+    raise kind(
+        f"{root} did not answer the first request ({first.error}), so nothing was measured; asked for model {model!r}, {body['max_tokens']} tokens"
+    )
 
 # %% ../nbs/62_serving.ipynb #c671a707
-def measure_server(url: str,                       # of an OpenAI-compatible server
-                   model: str,                     # name under which the server knows it
-                   prompts: Sequence[str],         # one request each
-                   concurrency: int = 1,           # requests under way at the same time
-                   output_tokens: int = 32,        # of each answer at most
-                   kind: str = "completions",      # completions, or chat
-                   warmup: int = 1,                # unmeasured requests, of the longest prompt; the first one is also the check
-                   timeout: float = 60.,           # seconds without a byte after which a request is given up
-                   patience: int = 5,              # requests broken in a row, after which the rest is not sent
-                   router: str = "own", k: int | None = None, checkpoint: str | Path | None = None,   # as for `check_servable`
-                   positions: int | None = None,   # tokens the model is made for; default: what the server reports, if it does
-                   extra: dict | None = None,      # further fields of the body, such as {"ignore_eos": True} for vLLM
-                   clock: Callable[[], float] = perf_counter,
-                  ) -> Measured:                   # finished requests and broken ones, in the order of the prompts
+def measure_server(
+    url: str,  # of an OpenAI-compatible server
+    model: str,  # name under which the server knows it
+    prompts: Sequence[str],  # one request each
+    concurrency: int = 1,  # requests under way at the same time
+    output_tokens: int = 32,  # of each answer at most
+    kind: str = "completions",  # completions, or chat
+    warmup: int = 1,  # unmeasured requests, of the longest prompt; the first one is also the check
+    timeout: float = 60.0,  # seconds without a byte after which a request is given up
+    patience: int = 5,  # requests broken in a row, after which the rest is not sent
+    router: str = "own",
+    k: int | None = None,
+    checkpoint: str | Path | None = None,  # as for `check_servable`
+    positions: int | None = None,  # tokens the model is made for; default: what the server reports, if it does
+    extra: dict | None = None,  # further fields of the body, such as {"ignore_eos": True} for vLLM
+    clock: Callable[[], float] = perf_counter,
+) -> Measured:  # finished requests and broken ones, in the order of the prompts
     "Measure a streaming server. The environment variable OPENAI_API_KEY is sent where it is set. Raises ConnectionError, ValueError or RuntimeError when the first request fails; later failures are counted."
     import aiohttp
+
     gate, root = check_servable(router, k, checkpoint), server_root(url)
-    path = {"completions": "completions", "chat": "chat/completions"}[known(kind, ("completions", "chat"), "kind of request")]
-    for name, value in dict(concurrency=concurrency, output_tokens=output_tokens, warmup=warmup, patience=patience, prompts=len(prompts)).items(): in_range(value, 1, 10**6, name)
+    path = {"completions": "completions", "chat": "chat/completions"}[
+        known(kind, ("completions", "chat"), "kind of request")
+    ]
+    for name, value in dict(
+        concurrency=concurrency, output_tokens=output_tokens, warmup=warmup, patience=patience, prompts=len(prompts)
+    ).items():
+        in_range(value, 1, 10**6, name)
     in_range(timeout, 0, float("inf"), "timeout", open_low=True)
-    ask = lambda p: dict(model=model, stream=True, stream_options={"include_usage": True}, max_tokens=output_tokens, temperature=0.,
-                         **({"prompt": p} if kind == "completions" else {"messages": [{"role": "user", "content": p}]}), **(extra or {}))
+    ask = lambda p: dict(
+        model=model,
+        stream=True,
+        stream_options={"include_usage": True},
+        max_tokens=output_tokens,
+        temperature=0.0,
+        **({"prompt": p} if kind == "completions" else {"messages": [{"role": "user", "content": p}]}),
+        **(extra or {}),
+    )
     key = os.environ.get("OPENAI_API_KEY")
+
     async def go():
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers={"Authorization": f"Bearer {key}"} if key else {}) as session:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), headers={"Authorization": f"Bearer {key}"} if key else {}
+        ) as session:
             models, longest = await _models(session, root), ask(max(prompts, key=len))
-            if positions: models[model] = positions
-            for i in range(warmup): _check_first(await _ask(session, f"{root}/{path}", longest, f"warmup-{i}", timeout, clock), root, model, models, longest)
+            if positions:
+                models[model] = positions
+            for i in range(warmup):
+                _check_first(
+                    await _ask(session, f"{root}/{path}", longest, f"warmup-{i}", timeout, clock),
+                    root,
+                    model,
+                    models,
+                    longest,
+                )
             room, broken, found = asyncio.Semaphore(concurrency), 0, [None] * len(prompts)
+
             async def one(i):
                 nonlocal broken
                 async with room:
                     now = clock()
-                    if broken >= patience: found[i] = Request(now, error=f"not sent: {patience} requests in a row were broken", ended=now)
+                    if broken >= patience:
+                        found[i] = Request(now, error=f"not sent: {patience} requests in a row were broken", ended=now)
                     else:
-                        found[i] = await _ask(session, f"{root}/{path}", ask(prompts[i]), f"request-{i}", timeout, clock)
+                        found[i] = await _ask(
+                            session, f"{root}/{path}", ask(prompts[i]), f"request-{i}", timeout, clock
+                        )
                         broken = broken + 1 if found[i].error else 0
+
             await asyncio.gather(*(one(i) for i in range(len(prompts))))
             return found
+
     requests = _run(go())
     seconds = max(r.ended if r.error else r.times[-1] for r in requests) - min(r.sent for r in requests)
-    about = dict(url=root, model=model, kind=kind, gate=gate, requests=len(prompts), concurrency=concurrency, output_tokens=output_tokens, warmup=warmup, timeout=timeout, extra=extra or {})
+    about = dict(
+        url=root,
+        model=model,
+        kind=kind,
+        gate=gate,
+        requests=len(prompts),
+        concurrency=concurrency,
+        output_tokens=output_tokens,
+        warmup=warmup,
+        timeout=timeout,
+        extra=extra or {},
+    )
     return Measured(about, requests, seconds)
 
 # %% ../nbs/62_serving.ipynb #cbb94365
@@ -435,28 +695,34 @@ def measure_server(url: str,                       # of an OpenAI-compatible ser
 def _served(app) -> Iterator[str]:
     "Run an aiohttp application in a thread with a loop of its own; yields its address."
     from aiohttp import web
+
     loop, ready, port = asyncio.new_event_loop(), threading.Event(), []
+
     async def start():
-        runner = web.AppRunner(app, shutdown_timeout=.1)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port.append(site._server.sockets[0].getsockname()[1])
         ready.set()
         return runner
+
     def run():
         asyncio.set_event_loop(loop)
         runner = loop.run_until_complete(start())
         loop.run_forever()
         loop.run_until_complete(runner.cleanup())
         left = asyncio.all_tasks(loop)
-        for task in left: task.cancel()
+        for task in left:
+            task.cancel()
         loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.close()
+
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        if not ready.wait(20): raise RuntimeError("the local server did not start within 20 s")
+        if not ready.wait(20):
+            raise RuntimeError("the local server did not start within 20 s")
         yield f"http://127.0.0.1:{port[0]}"
     finally:
         loop.call_soon_threadsafe(loop.stop)
@@ -464,53 +730,82 @@ def _served(app) -> Iterator[str]:
 
 # %% ../nbs/62_serving.ipynb #cbb94365-2
 @contextmanager
-def scripted_server(script: Callable[[int, dict], list[tuple[float, bytes | None]] | tuple[int, str]],   # script(number of the request, its body) -> [(seconds after its arrival, bytes to send; None: hang up)], or (HTTP status, text)
-                    models: Sequence[str] = ("scripted",),   # names that /v1/models lists
-                    log: list | None = None,                 # gets (number of the request, seconds scripted, seconds at which it was really sent) for each step
-                   ) -> Iterator[str]:                       # its address
+def scripted_server(
+    script: Callable[
+        [int, dict], list[tuple[float, bytes | None]] | tuple[int, str]
+    ],  # script(number of the request, its body) -> [(seconds after its arrival, bytes to send; None: hang up)], or (HTTP status, text)
+    models: Sequence[str] = ("scripted",),  # names that /v1/models lists
+    log: list
+    | None = None,  # gets (number of the request, seconds scripted, seconds at which it was really sent) for each step
+) -> Iterator[str]:  # its address
     "A local server that sends given bytes at given times, and can stall, hang up or refuse."
     from aiohttp import web
+
     number = iter(range(10**9))
+
     async def answer(request):
         came, i = perf_counter(), next(number)
         steps = script(i, await request.json())
-        if isinstance(steps, tuple): return web.Response(status=steps[0], text=steps[1], content_type="application/json")
+        if isinstance(steps, tuple):
+            return web.Response(status=steps[0], text=steps[1], content_type="application/json")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         for after, data in steps:
-            await asyncio.sleep(max(0., came + after - perf_counter()))
-            if log is not None: log.append((i, after, perf_counter() - came))
-            if data is None: request.transport.abort()
-            else: await response.write(data)
+            await asyncio.sleep(max(0.0, came + after - perf_counter()))
+            if log is not None:
+                log.append((i, after, perf_counter() - came))
+            if data is None:
+                request.transport.abort()
+            else:
+                await response.write(data)
         return response
-    async def names(request): return web.json_response({"object": "list", "data": [{"id": m, "object": "model"} for m in models]})
-    app = web.Application(client_max_size=2**28)
-    app.add_routes([web.post("/v1/completions", answer), web.post("/v1/chat/completions", answer), web.get("/v1/models", names)])
-    with _served(app) as url: yield url
 
-def scripted_answer(times: Sequence[float],           # seconds after the request at which a token is sent
-                    usage: int | None = None,         # the server's count; default: the number of times
-                    end: bool = True,                 # close the answer
-                   ) -> list[tuple[float, bytes]]:
+    async def names(request):
+        return web.json_response({"object": "list", "data": [{"id": m, "object": "model"} for m in models]})
+
+    app = web.Application(client_max_size=2**28)
+    app.add_routes(
+        [web.post("/v1/completions", answer), web.post("/v1/chat/completions", answer), web.get("/v1/models", names)]
+    )
+    with _served(app) as url:
+        yield url
+
+# %% ../nbs/62_serving.ipynb #554257bd
+def scripted_answer(
+    times: Sequence[float],  # seconds after the request at which a token is sent
+    usage: int | None = None,  # the server's count; default: the number of times
+    end: bool = True,  # close the answer
+) -> list[tuple[float, bytes]]:
     "A script: one token at each time, then the closing event with usage, in the completions form."
     line = lambda **event: b"data: " + json.dumps(event).encode() + b"\n\n"
     steps = [(t, line(choices=[{"index": 0, "text": f"t{i} ", "finish_reason": None}])) for i, t in enumerate(times)]
-    close = line(choices=[{"index": 0, "text": "", "finish_reason": "length"}], usage={"prompt_tokens": 4, "completion_tokens": len(times) if usage is None else usage})
+    close = line(
+        choices=[{"index": 0, "text": "", "finish_reason": "length"}],
+        usage={"prompt_tokens": 4, "completion_tokens": len(times) if usage is None else usage},
+    )
     return steps + ([(times[-1], close + b"data: [DONE]\n\n")] if end else [])
 
 # %% ../nbs/62_serving.ipynb #cbb94365-3
 @contextmanager
-def recording_proxy(url: str,            # of the server behind it
-                    records: list,       # gets a dict a request: name (X-Request-Id), came (moment), chunks [(moment, bytes)]
-                   ) -> Iterator[str]:   # its address
+def recording_proxy(
+    url: str,  # of the server behind it
+    records: list,  # gets a dict a request: name (X-Request-Id), came (moment), chunks [(moment, bytes)]
+) -> Iterator[str]:  # its address
     "A local server that passes requests on and notes, by its own clock, when each piece of the answer came."
     import aiohttp
     from aiohttp import web
+
     base = re.sub(r"/v\d+$", "", server_root(url))
+
     async def pass_on(request):
         record = dict(name=request.headers.get("X-Request-Id", ""), came=perf_counter(), chunks=[])
         body = await request.read()
-        async with aiohttp.ClientSession() as session, session.request(request.method, base + request.path_qs, data=body, headers={"Content-Type": "application/json"}) as there:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(
+                request.method, base + request.path_qs, data=body, headers={"Content-Type": "application/json"}
+            ) as there,
+        ):
             response = web.StreamResponse(status=there.status, headers={"Content-Type": there.content_type})
             await response.prepare(request)
             records.append(record)
@@ -518,43 +813,58 @@ def recording_proxy(url: str,            # of the server behind it
                 record["chunks"].append((perf_counter(), data))
                 await response.write(data)
         return response
+
     app = web.Application(client_max_size=2**28)
     app.router.add_route("*", "/{path:.*}", pass_on)
-    with _served(app) as there: yield there
+    with _served(app) as there:
+        yield there
 
 # %% ../nbs/62_serving.ipynb #c713f077
 def free_port() -> int:
     "A port of this machine that nobody listens on now."
     import socket
+
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
+# %% ../nbs/62_serving.ipynb #f317feb2
 @contextmanager
-def local_server(model: str | Path,          # hub id or folder
-                 kind: str = "transformers", # or vllm
-                 wait: float = 300.,         # seconds until it has to answer
-                 **options,                  # of `serve_command`
-                ) -> Iterator[str]:          # its address
+def local_server(
+    model: str | Path,  # hub id or folder
+    kind: str = "transformers",  # or vllm
+    wait: float = 300.0,  # seconds until it has to answer
+    **options,  # of `serve_command`
+) -> Iterator[str]:  # its address
     "Start a server on this machine and end it afterwards. RuntimeError with its last words when it does not come up."
     import urllib.request
+
     port = free_port()
     command = serve_command(str(model), kind, port, **options)
     program = shutil.which(command[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if program is None: raise RuntimeError(f"the program {command[0]!r} is not installed: pip install {'vllm' if kind == 'vllm' else chr(34) + 'transformers[serving]' + chr(34)}")
+    if program is None:
+        raise RuntimeError(
+            f"the program {command[0]!r} is not installed: pip install {'vllm' if kind == 'vllm' else chr(34) + 'transformers[serving]' + chr(34)}"
+        )
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([program, *command[1:]], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            [program, *command[1:]], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             until, url = perf_counter() + wait, f"http://127.0.0.1:{port}"
             while True:
                 try:
                     urllib.request.urlopen(f"{url}/health", timeout=5).close()
                     break
-                except OSError: sleep(.2)
+                except OSError:
+                    sleep(0.2)
                 if process.poll() is not None or perf_counter() > until:
                     log.seek(0)
                     words = log.read().decode(errors="replace").strip().splitlines()[-6:]
-                    raise RuntimeError(f"{' '.join(command)} {'ended' if process.poll() is not None else f'did not answer within {wait:g} s'}: " + " | ".join(words)[-600:])
+                    raise RuntimeError(
+                        f"{' '.join(command)} {'ended' if process.poll() is not None else f'did not answer within {wait:g} s'}: "
+                        + " | ".join(words)[-600:]
+                    )
             yield url
         finally:
             for sign in (signal.SIGTERM, signal.SIGKILL):
@@ -562,24 +872,39 @@ def local_server(model: str | Path,          # hub id or folder
                     os.killpg(process.pid, sign)
                     process.wait(10)
                     break
-                except ProcessLookupError: break
-                except subprocess.TimeoutExpired: continue
+                except ProcessLookupError:
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
 
 # %% ../nbs/62_serving.ipynb #c014e9e4
-def perplexity_changes(losses,               # pandas DataFrame, a row a seed, a column a variant: mean held-out loss in nats; NaN where there is no run
-                       against: str,         # the variant with everything
-                       level: float = .95,
-                      ):                     # pandas DataFrame, a row a variant: perplexity, change, low, high, p_adjusted, seeds, reason (of a dash)
+def perplexity_changes(
+    losses,  # pandas DataFrame, a row a seed, a column a variant: mean held-out loss in nats; NaN where there is no run
+    against: str,  # the variant with everything
+    level: float = 0.95,
+):  # pandas DataFrame, a row a variant: perplexity, change, low, high, p_adjusted, seeds, reason (of a dash)
     "Signed change of perplexity of every variant against one, paired by seed; without numbers, and with a reason, where fewer than two seeds are shared."
     import numpy as np
     import pandas as pd
+
     from moe_routing.stats import benjamini_hochberg, paired_t
+
     known(against, losses.columns, "variant")
     ppl, rows = np.exp(losses.astype(float)), []
     for name in [against, *(c for c in losses if c != against)]:
         pair = ppl[[name, against]].dropna() if name != against else ppl[[name]].dropna()
-        row = dict(variant=name, perplexity=ppl[name].mean(), change=None, low=None, high=None, p=None, seeds=len(pair), reason="")
-        if name != against and len(pair) < 2: row["reason"] = f"{len(pair)} seeds shared with {against}: two are needed"
+        row = dict(
+            variant=name,
+            perplexity=ppl[name].mean(),
+            change=None,
+            low=None,
+            high=None,
+            p=None,
+            seeds=len(pair),
+            reason="",
+        )
+        if name != against and len(pair) < 2:
+            row["reason"] = f"{len(pair)} seeds shared with {against}: two are needed"
         elif name != against:
             found = paired_t(pair[name], pair[against], level=level)
             row |= dict(change=found.estimate, low=found.low, high=found.high, p=found.p)

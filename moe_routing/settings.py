@@ -13,108 +13,137 @@ from itertools import product
 from pathlib import Path
 
 # %% ../nbs/01_settings.ipynb #c217c057
-def find_root(start: str | Path | None = None,   # where to begin looking; default: the working directory
-             ) -> Path:
+def find_root(
+    start: str | Path | None = None,  # where to begin looking; default: the working directory
+) -> Path:
     "The nearest folder at or above `start` that holds our settings.ini; `start` itself if there is none."
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         ini = folder / "settings.ini"
-        if ini.is_file() and "[moe_routing]" in ini.read_text(): return folder
+        if ini.is_file() and "[moe_routing]" in ini.read_text():
+            return folder
     return start
 
 # %% ../nbs/01_settings.ipynb #cfea97f2
 @dataclass(frozen=True)
 class Settings:
     "What settings.ini says of this machine; paths are absolute."
-    root: Path                                 # folder of settings.ini
-    data_dir: Path = Path("data")              # local copies of data sets, in the hub's columns
-    cache_dir: Path = Path("cache")            # what can be made again
-    results_dir: Path = Path("papermill_runs") # results of the studies
-    device: str = "auto"                       # auto, cpu, cuda, cuda:N
-    dtype: str = "auto"                        # auto, float32, bfloat16, float16
-    threads: int = 0                           # 0: leave it to torch
-    hub: bool = True                           # may the hub be asked?
-    figure_dpi: int = 300                      # of PNG figures
-    trust_remote_code: bool = False            # may a checkpoint's own code run?
-    allow_code_execution: bool = False         # may programs that a model wrote be run?
+
+    root: Path  # folder of settings.ini
+    data_dir: Path = Path("data")  # local copies of data sets, in the hub's columns
+    cache_dir: Path = Path("cache")  # what can be made again
+    results_dir: Path = Path("papermill_runs")  # results of the studies
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    threads: int = 0  # 0: leave it to torch
+    hub: bool = True  # may the hub be asked?
+    figure_dpi: int = 300  # of PNG figures
+    trust_remote_code: bool = False  # may a checkpoint's own code run?
+    allow_code_execution: bool = False  # may programs that a model wrote be run?
 
     def torch_device(self):
         "The torch.device to compute on."
         import torch
+
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(auto if self.device == "auto" else self.device)
+
     def torch_dtype(self):
         "The torch.dtype to load checkpoints in, or 'auto'."
         import torch
+
         return self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
 
 # %% ../nbs/01_settings.ipynb #c47da02e
 def _known(key: str, keys, what: str, where: str):
     "`core.known` with the file's name in front, imported only to refuse: it brings torch along."
-    if key in keys: return
+    if key in keys:
+        return
     from moe_routing.core import known
-    try: known(key, keys, what)
-    except ValueError as e: raise ValueError(f"{where}: {e}") from None
+
+    try:
+        known(key, keys, what)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
 
 # %% ../nbs/01_settings.ipynb #cb26a941
 _YES, _NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
 
+
 def _as(value: str, key: str, kind, where: str, root: Path):
     "One value of settings.ini in its type, or an error that names file, key and what is allowed."
-    def bad(allowed): return ValueError(f"{where}: {key} = {value!r} is not allowed: use {allowed}")
+
+    def bad(allowed):
+        return ValueError(f"{where}: {key} = {value!r} is not allowed: use {allowed}")
+
     value = value.strip()
-    if kind is Path: return (root / Path(value).expanduser()).resolve()
+    if kind is Path:
+        return (root / Path(value).expanduser()).resolve()
     if kind is bool:
-        if value.lower() not in _YES + _NO: raise bad("yes or no")
+        if value.lower() not in _YES + _NO:
+            raise bad("yes or no")
         return value.lower() in _YES
     if kind is int:
-        if not value.isdigit(): raise bad("a whole number, 0 or more")
+        if not value.isdigit():
+            raise bad("a whole number, 0 or more")
         return int(value)
-    if key == "dtype" and value not in ("auto", "float32", "bfloat16", "float16"): raise bad("auto, float32, bfloat16 or float16")
-    if key == "device" and not (value in ("auto", "cpu", "cuda") or (value.startswith("cuda:") and value[5:].isdigit())):
+    if key == "dtype" and value not in ("auto", "float32", "bfloat16", "float16"):
+        raise bad("auto, float32, bfloat16 or float16")
+    if key == "device" and not (
+        value in ("auto", "cpu", "cuda") or (value.startswith("cuda:") and value[5:].isdigit())
+    ):
         raise bad("auto, cpu, cuda or cuda:N")
     return value
 
 # %% ../nbs/01_settings.ipynb #cb45d5a3
-def load_settings(start: str | Path | None = None,     # where to look for settings.ini; default: the working directory and above
-                  environ: dict | None = None,         # environment; default os.environ
-                 ) -> Settings:
+def load_settings(
+    start: str | Path | None = None,  # where to look for settings.ini; default: the working directory and above
+    environ: dict | None = None,  # environment; default os.environ
+) -> Settings:
     "Read settings.ini; `MOE_ROUTING_<KEY>` overrides a key. Raises ValueError on an unknown key or a bad value."
     root, environ = find_root(start), os.environ if environ is None else environ
     kinds = {f.name: f.type for f in fields(Settings) if f.name != "root"}
     ini, parser = root / "settings.ini", configparser.ConfigParser(interpolation=None)
-    if ini.is_file(): parser.read(ini)
+    if ini.is_file():
+        parser.read(ini)
     given = {k: (v, str(ini)) for k, v in (parser["moe_routing"].items() if "moe_routing" in parser else ())}
-    given |= {k[12:].lower(): (v, f"environment variable {k}") for k, v in environ.items() if k.startswith("MOE_ROUTING_")}
+    given |= {
+        k[12:].lower(): (v, f"environment variable {k}") for k, v in environ.items() if k.startswith("MOE_ROUTING_")
+    }
     values = {"root": root}
     for key, (value, where) in given.items():
         _known(key, kinds, "key", where)
         values[key] = _as(value, key, kinds[key], where, root)
     for key in set(kinds) - set(values):
-        if kinds[key] is Path: values[key] = (root / getattr(Settings, key)).resolve()
+        if kinds[key] is Path:
+            values[key] = (root / getattr(Settings, key)).resolve()
     return Settings(**values)
 
 # %% ../nbs/01_settings.ipynb #cfea97f2-2
 @dataclass(frozen=True)
 class Study:
     "A question and the runs that answer it."
-    name: str                                   # file name without .yaml
-    question: str                               # in words
-    template: str                               # a notebook in nbs/runs, without .ipynb; "" where every group names its own
-    groups: dict[str, dict]                     # name -> {base:, grid: {parameter: [values]}} or {base:, list: [{parameter: value}]}, and seeds: where they differ;
-                                                # template: of its own, name: of the folder of its one run, after: groups that must be finished before
-    base: dict = field(default_factory=dict)    # parameters that all runs share
+
+    name: str  # file name without .yaml
+    question: str  # in words
+    template: str  # a notebook in nbs/runs, without .ipynb; "" where every group names its own
+    groups: dict[
+        str, dict
+    ]  # name -> {base:, grid: {parameter: [values]}} or {base:, list: [{parameter: value}]}, and seeds: where they differ;
+    # template: of its own, name: of the folder of its one run, after: groups that must be finished before
+    base: dict = field(default_factory=dict)  # parameters that all runs share
     seeds: tuple[int, ...] = (0,)
-    prepare: str = ""                           # a template that is run once before all others, with the parameters of `base` it knows
-    report: str = ""                            # a report of moe_routing.reports to build from the finished runs
+    prepare: str = ""  # a template that is run once before all others, with the parameters of `base` it knows
+    report: str = ""  # a report of moe_routing.studies.bh to build from the finished runs
     report_options: dict = field(default_factory=dict)
-    dtype: str = ""                             # in place of that of settings.ini
-    gpus: int = 1                               # a run takes
-    log: str = ""                               # file in the study's folder that gets all that is printed
+    dtype: str = ""  # in place of that of settings.ini
+    gpus: int = 1  # a run takes
+    log: str = ""  # file in the study's folder that gets all that is printed
 
     def template_of(self, group: str) -> str:
         "The template of a group's runs."
         return self.groups.get(group, {}).get("template", self.template)
+
     def points(self) -> list[dict]:
         "The parameters of every run, in order; each has `group` and `seed` beside its own."
         rows = []
@@ -122,82 +151,164 @@ class Study:
             grid = plan.get("grid", {})
             points = plan["list"] if "list" in plan else [dict(zip(grid, values)) for values in product(*grid.values())]
             shared = plan.get("each", [{}])
-            rows += [{**self.base, **plan.get("base", {}), **point, **one, "group": group, "seed": seed}
-                     for point in points for one in shared for seed in plan.get("seeds", self.seeds)]
+            rows += [
+                {**self.base, **plan.get("base", {}), **point, **one, "group": group, "seed": seed}
+                for point in points
+                for one in shared
+                for seed in plan.get("seeds", self.seeds)
+            ]
         return rows
 
 # %% ../nbs/01_settings.ipynb #ce5253b2
-_DAYS = {"day0": ("day0_sanity_check", "day0_sanity_check", []), "day1_2": ("day1_2_standard_benchmarks", "day1_2_benchmarks", ["day0"]),
-         "day3_4": ("day3_4_expert_analysis", "day3_4_expert_analysis", ["day0"]), "day5": ("day5_throughput", "day5_efficiency", ["day0"]),
-         "day6": ("day6_comparison_table", "day6_final", ["day0", "day1_2", "day3_4", "day5"])}        # day: template, folder, days before it
-_SEED_KEYS = {"model": ("checkpoint_path", "model_name", "num_experts", "active_experts", "quantize"), "wandb": ("run_id", "project", "entity"), "compute": ("num_gpus", "batch_size_per_gpu", "use_bf16")}
+_DAYS = {
+    "day0": ("day0_sanity_check", "day0_sanity_check", []),
+    "day1_2": ("day1_2_standard_benchmarks", "day1_2_benchmarks", ["day0"]),
+    "day3_4": ("day3_4_expert_analysis", "day3_4_expert_analysis", ["day0"]),
+    "day5": ("day5_throughput", "day5_efficiency", ["day0"]),
+    "day6": ("day6_comparison_table", "day6_final", ["day0", "day1_2", "day3_4", "day5"]),
+}  # day: template, folder, days before it
+_SEED_KEYS = {
+    "model": ("checkpoint_path", "model_name", "num_experts", "active_experts", "quantize"),
+    "wandb": ("run_id", "project", "entity"),
+    "compute": ("num_gpus", "batch_size_per_gpu", "use_bf16"),
+}
+
 
 def _section(raw: dict, name: str, path: Path) -> dict:
     "One of the seed's sections, what is left empty left out."
     found = raw.get(name) or {}
-    if not isinstance(found, dict): raise ValueError(f"{path}: {name} = {found!r} is not a mapping: it has {', '.join(_SEED_KEYS[name])}")
-    for key in found: _known(key, _SEED_KEYS[name], f"key in {name}", str(path))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: {name} = {found!r} is not a mapping: it has {', '.join(_SEED_KEYS[name])}")
+    for key in found:
+        _known(key, _SEED_KEYS[name], f"key in {name}", str(path))
     return {k: v for k, v in found.items() if v not in (None, "")}
+
 
 def _log_of(wandb: dict, path: Path) -> str:
     "The training log that the section names: a W&B run, or a path to a log."
-    if not (run := str(wandb.get("run_id", ""))): return ""
-    if "/" in run or "project" not in wandb: return run
-    if "entity" not in wandb: raise ValueError(f"{path}: wandb has run_id and project but no entity: add it, or write run_id: entity/project/run_id, or a path to an offline run")
+    if not (run := str(wandb.get("run_id", ""))):
+        return ""
+    if "/" in run or "project" not in wandb:
+        return run
+    if "entity" not in wandb:
+        raise ValueError(
+            f"{path}: wandb has run_id and project but no entity: add it, or write run_id: entity/project/run_id, or a path to an offline run"
+        )
     return f"wandb:{wandb['entity']}/{wandb['project']}/{run}"
 
 # %% ../nbs/01_settings.ipynb #c01f67d4
 def _baseline(name: str, path: Path) -> dict:
     "What baseline_models.yaml says of a name; a hub id or folder stands for itself."
     import yaml
+
     file = path.parent.parent / "baseline_models.yaml"
     listed = (yaml.safe_load(file.read_text()) if file.is_file() else None) or {}
     if name in listed:
-        for key in listed[name]: _known(key, ("model", "quantize"), f"key of {name!r}", str(file))
+        for key in listed[name]:
+            _known(key, ("model", "quantize"), f"key of {name!r}", str(file))
         return {"name": name, **listed[name]}
-    if "/" not in name: _known(name, listed, "baseline (or hub id, or folder)", f"{path}, {file.name}")
+    if "/" not in name:
+        _known(name, listed, "baseline (or hub id, or folder)", f"{path}, {file.name}")
     return {"name": name.rstrip("/").split("/")[-1], "model": name}
 
+# %% ../nbs/01_settings.ipynb #d4575fcd
 def _week_form(raw: dict, path: Path) -> dict:
     "A plan in the seed's words as a study."
-    for key in raw: _known(key, ("question", "days", "baselines", "base", "log", *_SEED_KEYS), "key", str(path))
+    for key in raw:
+        _known(key, ("question", "days", "baselines", "base", "log", *_SEED_KEYS), "key", str(path))
     model, wandb, compute = (_section(raw, name, path) for name in _SEED_KEYS)
-    if "checkpoint_path" not in model: raise ValueError(f"{path}: model.checkpoint_path is missing: a folder, a hub id, or tiny")
-    for day in raw["days"]: _known(day, _DAYS, "day", str(path))
-    name = {"model_name": model["model_name"], "name": model["model_name"]} if "model_name" in model else {}       # day 5 calls it name
-    base = {"model": model["checkpoint_path"], **name, **{k: model[k] for k in ("num_experts", "active_experts", "quantize") if k in model}, "log": _log_of(wandb, path),
-            **({"batch_size": compute["batch_size_per_gpu"]} if "batch_size_per_gpu" in compute else {}), "baselines": [_baseline(b, path) for b in raw.get("baselines") or []], **(raw.get("base") or {})}
-    groups = {_DAYS[day][1]: {"template": _DAYS[day][0], "name": _DAYS[day][1], "after": [_DAYS[d][1] for d in _DAYS[day][2] if d in raw["days"]], "list": [raw["days"][day] or {}]}
-              for day in _DAYS if day in raw["days"]}
+    if "checkpoint_path" not in model:
+        raise ValueError(f"{path}: model.checkpoint_path is missing: a folder, a hub id, or tiny")
+    for day in raw["days"]:
+        _known(day, _DAYS, "day", str(path))
+    name = (
+        {"model_name": model["model_name"], "name": model["model_name"]} if "model_name" in model else {}
+    )  # day 5 calls it name
+    base = {
+        "model": model["checkpoint_path"],
+        **name,
+        **{k: model[k] for k in ("num_experts", "active_experts", "quantize") if k in model},
+        "log": _log_of(wandb, path),
+        **({"batch_size": compute["batch_size_per_gpu"]} if "batch_size_per_gpu" in compute else {}),
+        "baselines": [_baseline(b, path) for b in raw.get("baselines") or []],
+        **(raw.get("base") or {}),
+    }
+    groups = {
+        _DAYS[day][1]: {
+            "template": _DAYS[day][0],
+            "name": _DAYS[day][1],
+            "after": [_DAYS[d][1] for d in _DAYS[day][2] if d in raw["days"]],
+            "list": [raw["days"][day] or {}],
+        }
+        for day in _DAYS
+        if day in raw["days"]
+    }
     dtype = {"dtype": "bfloat16" if compute["use_bf16"] else "float32"} if "use_bf16" in compute else {}
-    return {"question": raw.get("question", ""), "base": base, "groups": groups, "gpus": compute.get("num_gpus", 1), **dtype, **({"log": raw["log"]} if "log" in raw else {})}
+    return {
+        "question": raw.get("question", ""),
+        "base": base,
+        "groups": groups,
+        "gpus": compute.get("num_gpus", 1),
+        **dtype,
+        **({"log": raw["log"]} if "log" in raw else {}),
+    }
 
 # %% ../nbs/01_settings.ipynb #cd5a7e25
-def load_study(path: str | Path,                # a YAML file
-              ) -> Study:
+def load_study(
+    path: str | Path,  # a YAML file
+) -> Study:
     "Read a study. Raises ValueError with file and key on an unknown key, an empty grid, or a run that is listed twice."
     path = Path(path)
     if not path.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         _known(path.stem, there, "study", str(path.parent))
     import yaml
-    try: raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e: raise ValueError(f"{path}: not valid YAML: {e}") from None
-    if not isinstance(raw, dict): raise ValueError(f"{path}: a study is a mapping with question, template and groups")
-    if "days" in raw: raw = _week_form(raw, path)
-    for key in raw: _known(key, [f.name for f in fields(Study) if f.name != "name"], "key", str(path))
+
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as e:
+        raise ValueError(f"{path}: not valid YAML: {e}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: a study is a mapping with question, template and groups")
+    if "days" in raw:
+        raw = _week_form(raw, path)
+    for key in raw:
+        _known(key, [f.name for f in fields(Study) if f.name != "name"], "key", str(path))
     try:
         for key in ("question", "groups"):
-            if key not in raw: raise ValueError(f"key {key!r} is missing")
-        if "template" not in raw and (bare := [g for g, plan in raw["groups"].items() if "template" not in plan]): raise ValueError(f"key 'template' is missing, and group {bare[0]!r} names none of its own")
+            if key not in raw:
+                raise ValueError(f"key {key!r} is missing")
+        if "template" not in raw and (bare := [g for g, plan in raw["groups"].items() if "template" not in plan]):
+            raise ValueError(f"key 'template' is missing, and group {bare[0]!r} names none of its own")
         for group, plan in raw["groups"].items():
-            for key in plan: _known(key, ["base", "grid", "list", "each", "seeds", "template", "name", "after"], f"key in group {group!r}", str(path))
-            for other in plan.get("after", []): _known(other, list(raw["groups"])[:list(raw["groups"]).index(group)], f"group before {group!r}", str(path))
-            if ("grid" in plan) == ("list" in plan): raise ValueError(f"group {group!r} needs either grid or list")
-            if not (plan.get("grid") or plan.get("list")): raise ValueError(f"group {group!r} is empty")
-        study = Study(name=path.stem, **{"template": "", **{k: tuple(v) if k == "seeds" else v for k, v in raw.items()}})
-        points = [yaml.safe_dump({**{k: v for k, v in p.items() if k != "group"}, "template": study.template_of(p["group"])}, sort_keys=True) for p in study.points()]
+            for key in plan:
+                _known(
+                    key,
+                    ["base", "grid", "list", "each", "seeds", "template", "name", "after"],
+                    f"key in group {group!r}",
+                    str(path),
+                )
+            for other in plan.get("after", []):
+                _known(
+                    other, list(raw["groups"])[: list(raw["groups"]).index(group)], f"group before {group!r}", str(path)
+                )
+            if ("grid" in plan) == ("list" in plan):
+                raise ValueError(f"group {group!r} needs either grid or list")
+            if not (plan.get("grid") or plan.get("list")):
+                raise ValueError(f"group {group!r} is empty")
+        study = Study(
+            name=path.stem, **{"template": "", **{k: tuple(v) if k == "seeds" else v for k, v in raw.items()}}
+        )
+        points = [
+            yaml.safe_dump(
+                {**{k: v for k, v in p.items() if k != "group"}, "template": study.template_of(p["group"])},
+                sort_keys=True,
+            )
+            for p in study.points()
+        ]
         twice = [p for p in points if points.count(p) > 1]
-        if twice: raise ValueError(f"the same run is listed twice: {twice[0]}")
-    except ValueError as e: raise e if str(path) in str(e) else ValueError(f"{path}: {e}") from None
+        if twice:
+            raise ValueError(f"the same run is listed twice: {twice[0]}")
+    except ValueError as e:
+        raise e if str(path) in str(e) else ValueError(f"{path}: {e}") from None
     return study

@@ -17,11 +17,12 @@ from .core import in_range, known
 # %% ../nbs/03_stats.ipynb #cdb4f435
 class Interval(NamedTuple):
     "An estimate with its interval; `difference` is another name of the estimate."
+
     estimate: float
     low: float
     high: float
-    p: float | None = None      # two-sided, against 0 (a ratio: against 1); None where nothing is tested
-    n: int = 0                  # independent units: pairs, or clusters
+    p: float | None = None  # two-sided, against 0 (a ratio: against 1); None where nothing is tested
+    n: int = 0  # independent units: pairs, or clusters
     method: str = ""
 
     @property
@@ -33,51 +34,69 @@ class Interval(NamedTuple):
 def _vector(values, what: str, least: int = 2) -> np.ndarray:
     "`values` as float64 (N,), or an error that says what is wrong with them."
     x = np.asarray(values, dtype=np.float64)
-    if x.ndim != 1: raise ValueError(f"{what} must be one-dimensional, got shape {x.shape}")
-    if len(x) < least: raise ValueError(f"{what} has {len(x)} value{'s' * (len(x) != 1)}, at least {least} are needed: add seeds or samples")
-    if not np.isfinite(x).all(): raise ValueError(f"{what} holds NaN or infinity at index {int((~np.isfinite(x)).argmax())}")
+    if x.ndim != 1:
+        raise ValueError(f"{what} must be one-dimensional, got shape {x.shape}")
+    if len(x) < least:
+        raise ValueError(
+            f"{what} has {len(x)} value{'s' * (len(x) != 1)}, at least {least} are needed: add seeds or samples"
+        )
+    if not np.isfinite(x).all():
+        raise ValueError(f"{what} holds NaN or infinity at index {int((~np.isfinite(x)).argmax())}")
     return x
+
 
 def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
     a, b = _vector(a, "a"), _vector(b, "b")
-    if len(a) != len(b): raise ValueError(f"a and b are not paired: {len(a)} and {len(b)} values; give the same seeds or documents in the same order")
+    if len(a) != len(b):
+        raise ValueError(
+            f"a and b are not paired: {len(a)} and {len(b)} values; give the same seeds or documents in the same order"
+        )
     return a, b
 
 # %% ../nbs/03_stats.ipynb #c441cc14
-def mean_interval(values: Sequence[float],    # (N,) independent values, for example one for each seed
-                  level: float = .95,         # coverage
-                 ) -> Interval:               # mean, low, high
+def mean_interval(
+    values: Sequence[float],  # (N,) independent values, for example one for each seed
+    level: float = 0.95,  # coverage
+) -> Interval:  # mean, low, high
     "The mean with Student's t interval."
     from scipy.stats import t
+
     x, level = _vector(values, "values"), in_range(level, 0, 1, "level", True, True)
-    half = t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** .5
+    half = t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5
     return Interval(float(x.mean()), float(x.mean() - half), float(x.mean() + half), None, len(x), "t")
 
 # %% ../nbs/03_stats.ipynb #c68a02ad
 def _sums(a, b, clusters) -> tuple[np.ndarray, np.ndarray]:
     "Sum of the differences and number of items of each cluster, (G,) each; without clusters each pair is one."
     a, b = _pair(a, b)
-    if clusters is None: return a - b, np.ones(len(a))
+    if clusters is None:
+        return a - b, np.ones(len(a))
     labels, index = np.unique(np.asarray(clusters), return_inverse=True)
-    if index.shape != a.shape: raise ValueError(f"clusters has shape {index.shape}, but there are {len(a)} pairs")
-    if len(labels) < 2: raise ValueError(f"all pairs belong to one cluster, {labels[0]!r}: nothing says how clusters differ")
+    if index.shape != a.shape:
+        raise ValueError(f"clusters has shape {index.shape}, but there are {len(a)} pairs")
+    if len(labels) < 2:
+        raise ValueError(f"all pairs belong to one cluster, {labels[0]!r}: nothing says how clusters differ")
     return np.bincount(index, a - b), np.bincount(index).astype(float)
+
 
 def _ratio(total: np.ndarray, size: np.ndarray) -> tuple[float, float]:
     "Ratio of two sums over G clusters, and its standard error."
     G, estimate = len(total), float(total.sum() / size.sum())
     spread = total - size * estimate
-    if np.abs(spread).max() <= 1e-12 * np.abs(total).max(): return estimate, 0.0   # rounding is not spread
-    return estimate, float((G / (G - 1) * (spread ** 2).sum()) ** .5 / size.sum())
+    if np.abs(spread).max() <= 1e-12 * np.abs(total).max():
+        return estimate, 0.0  # rounding is not spread
+    return estimate, float((G / (G - 1) * (spread**2).sum()) ** 0.5 / size.sum())
 
 # %% ../nbs/03_stats.ipynb #ce8e3b22
-def paired_t(a: Sequence[float],              # (N,) first configuration
-             b: Sequence[float],              # (N,) second, same seeds or documents in the same order
-             clusters: Sequence | None = None,# (N,) labels of what belongs together
-             level: float = .95,
-            ) -> Interval:                    # difference a - b, low, high, p
+def paired_t(
+    a: Sequence[float],  # (N,) first configuration
+    b: Sequence[float],  # (N,) second, same seeds or documents in the same order
+    clusters: Sequence | None = None,  # (N,) labels of what belongs together
+    level: float = 0.95,
+) -> Interval:  # difference a - b, low, high, p
     "Paired difference with a t interval over pairs or, if given, over clusters. The choice for seeds."
     from scipy.stats import t
+
     total, size = _sums(a, b, clusters)
     (d, se), df = _ratio(total, size), len(total) - 1
     half = t.ppf((1 + in_range(level, 0, 1, "level", True, True)) / 2, df) * se
@@ -85,7 +104,8 @@ def paired_t(a: Sequence[float],              # (N,) first configuration
     return Interval(d, float(d - half), float(d + half), p, len(total), "t" if clusters is None else "cluster t")
 
 # %% ../nbs/03_stats.ipynb #cf445ad6
-FEW = {"studentised": 10, "percentile": 100}   # fewest clusters for which each kept its promise, see below
+FEW = {"studentised": 10, "percentile": 100}  # fewest clusters for which each kept its promise, see below
+
 
 def _resample(total, size, estimate, draws, generator):
     "(draws,) deviations from the estimate and their standard errors, over clusters drawn with replacement."
@@ -95,7 +115,7 @@ def _resample(total, size, estimate, draws, generator):
         drawn = generator.integers(G, size=(min(step, draws - start), G))
         r, n = spread[drawn], size[drawn]
         shift = r.sum(1) / n.sum(1)
-        errors.append((G / (G - 1) * ((r - n * shift[:, None]) ** 2).sum(1)) ** .5 / n.sum(1))
+        errors.append((G / (G - 1) * ((r - n * shift[:, None]) ** 2).sum(1)) ** 0.5 / n.sum(1))
         shifts.append(shift)
     return np.concatenate(shifts), np.concatenate(errors)
 
@@ -105,105 +125,138 @@ def _bootstrap(total, size, level, draws, method, generator) -> Interval:
     known(method, FEW, "bootstrap method"), in_range(level, 0, 1, "level", True, True)
     if len(total) < FEW[method]:
         way_out = "use method='studentised'" if len(total) >= FEW["studentised"] else "use paired_t"
-        raise ValueError(f"{len(total)} clusters are too few for a {method} bootstrap, which needs {FEW[method]}: {way_out}")
+        raise ValueError(
+            f"{len(total)} clusters are too few for a {method} bootstrap, which needs {FEW[method]}: {way_out}"
+        )
     estimate, se = _ratio(total, size)
-    if se == 0: return Interval(estimate, estimate, estimate, float(estimate == 0), len(total), method)
+    if se == 0:
+        return Interval(estimate, estimate, estimate, float(estimate == 0), len(total), method)
     generator = np.random.default_rng(0) if generator is None else generator
     shift, error = _resample(total, size, estimate, draws, generator)
     tails = [(1 - level) / 2, (1 + level) / 2]
     if method == "percentile":
         (low, high), value, null = np.quantile(estimate + shift, tails), 0.0, estimate + shift
     else:
-        null = np.where(error > 0, shift / np.where(error > 0, error, 1), np.sign(shift) * 1e12)   # equal clusters drawn: no spread
+        null = np.where(
+            error > 0, shift / np.where(error > 0, error, 1), np.sign(shift) * 1e12
+        )  # equal clusters drawn: no spread
         right, left = np.quantile(null, tails)
         low, high, value = estimate - left * se, estimate - right * se, estimate / se
     beyond = min((null >= value).sum(), (null <= value).sum())
-    return Interval(estimate, float(low), float(high), float(min(1, 2 * (beyond + 1) / (draws + 1))), len(total), method)
+    return Interval(
+        estimate, float(low), float(high), float(min(1, 2 * (beyond + 1) / (draws + 1))), len(total), method
+    )
 
 # %% ../nbs/03_stats.ipynb #c2f9bdad
-def paired_bootstrap(a: Sequence[float],               # (N,) first configuration
-                     b: Sequence[float],               # (N,) second, same items in the same order
-                     clusters: Sequence | None = None, # (N,) labels, for example the document of each item
-                     level: float = .95,
-                     draws: int = 2000,                # resamples
-                     method: str = "studentised",      # or "percentile", which needs 100 clusters
-                     generator: np.random.Generator | None = None,  # default: seeded with 0
-                    ) -> Interval:                     # difference a - b (mean over items), low, high, p
+def paired_bootstrap(
+    a: Sequence[float],  # (N,) first configuration
+    b: Sequence[float],  # (N,) second, same items in the same order
+    clusters: Sequence | None = None,  # (N,) labels, for example the document of each item
+    level: float = 0.95,
+    draws: int = 2000,  # resamples
+    method: str = "studentised",  # or "percentile", which needs 100 clusters
+    generator: np.random.Generator | None = None,  # default: seeded with 0
+) -> Interval:  # difference a - b (mean over items), low, high, p
     "Paired difference with a bootstrap interval over pairs or clusters. Raises ValueError when there are too few of them."
     return _bootstrap(*_sums(a, b, clusters), level, draws, method, generator)
 
 # %% ../nbs/03_stats.ipynb #cbea57d3
-def clustered_difference(total_a: Sequence[float],            # (D,) sum of a quantity over the items of each document
-                         total_b: Sequence[float] | None,     # (D,) the same under the second configuration; None: the first by itself
-                         items: Sequence[float],              # (D,) items of each document: tokens, questions, slots
-                         level: float = .95,
-                         draws: int = 2000,
-                         method: str | None = None,           # "studentised", "percentile" or "t"; None: studentised, t for fewer than ten documents
-                         generator: np.random.Generator | None = None,
-                        ) -> Interval:                        # mean of a over all items minus mean of b, low, high; p against 0
+def clustered_difference(
+    total_a: Sequence[float],  # (D,) sum of a quantity over the items of each document
+    total_b: Sequence[float] | None,  # (D,) the same under the second configuration; None: the first by itself
+    items: Sequence[float],  # (D,) items of each document: tokens, questions, slots
+    level: float = 0.95,
+    draws: int = 2000,
+    method: str | None = None,  # "studentised", "percentile" or "t"; None: studentised, t for fewer than ten documents
+    generator: np.random.Generator | None = None,
+) -> Interval:  # mean of a over all items minus mean of b, low, high; p against 0
     "Difference of two item-weighted means from the sums of each document, which is all that needs to be kept of a large table."
     from scipy.stats import t
+
     a = _vector(total_a, "a")
     (a, b), size = _pair(a, np.zeros(len(a)) if total_b is None else total_b), _vector(items, "items")
-    if len(size) != len(a): raise ValueError(f"items has {len(size)} values, but there are {len(a)} documents")
-    if (size <= 0).any(): raise ValueError(f"items = {size.min():g} of document {int(size.argmin())}: leave out documents without any")
+    if len(size) != len(a):
+        raise ValueError(f"items has {len(size)} values, but there are {len(a)} documents")
+    if (size <= 0).any():
+        raise ValueError(f"items = {size.min():g} of document {int(size.argmin())}: leave out documents without any")
     method = method or ("studentised" if len(a) >= FEW["studentised"] else "t")
-    if known(method, [*FEW, "t"], "method") != "t": return _bootstrap(a - b, size, level, draws, method, generator)
+    if known(method, [*FEW, "t"], "method") != "t":
+        return _bootstrap(a - b, size, level, draws, method, generator)
     (d, se), df = _ratio(a - b, size), len(a) - 1
     half = t.ppf((1 + in_range(level, 0, 1, "level", True, True)) / 2, df) * se
-    return Interval(d, float(d - half), float(d + half), 2 * float(t.sf(abs(d) / se, df)) if se else float(d == 0), len(a), "cluster t")
+    return Interval(
+        d,
+        float(d - half),
+        float(d + half),
+        2 * float(t.sf(abs(d) / se, df)) if se else float(d == 0),
+        len(a),
+        "cluster t",
+    )
 
 # %% ../nbs/03_stats.ipynb #c3e811fb
-def paired_ratio(nll_a: Sequence[float],     # (D,) negative log-likelihood of each document, summed over its tokens, in nats
-                 nll_b: Sequence[float],     # (D,) the same documents under the second configuration
-                 tokens: Sequence[float],    # (D,) scored tokens of each document
-                 level: float = .95,
-                 draws: int = 2000,
-                 method: str = "studentised",# "percentile" (100 documents), or "t" for few documents
-                 generator: np.random.Generator | None = None,
-                ) -> Interval:               # perplexity a / perplexity b, low, high; p against 1
+def paired_ratio(
+    nll_a: Sequence[float],  # (D,) negative log-likelihood of each document, summed over its tokens, in nats
+    nll_b: Sequence[float],  # (D,) the same documents under the second configuration
+    tokens: Sequence[float],  # (D,) scored tokens of each document
+    level: float = 0.95,
+    draws: int = 2000,
+    method: str = "studentised",  # "percentile" (100 documents), or "t" for few documents
+    generator: np.random.Generator | None = None,
+) -> Interval:  # perplexity a / perplexity b, low, high; p against 1
     "Ratio of two token-weighted perplexities, paired by document."
     (a, b), size = _pair(nll_a, nll_b), _vector(tokens, "tokens")
-    if len(size) != len(a): raise ValueError(f"tokens has {len(size)} values, but there are {len(a)} documents")
-    if (size <= 0).any(): raise ValueError(f"tokens = {size.min():g} of document {int(size.argmin())}: leave out documents without scored tokens")
+    if len(size) != len(a):
+        raise ValueError(f"tokens has {len(size)} values, but there are {len(a)} documents")
+    if (size <= 0).any():
+        raise ValueError(
+            f"tokens = {size.min():g} of document {int(size.argmin())}: leave out documents without scored tokens"
+        )
     out = clustered_difference(a, b, size, level, draws, method, generator)
     return out._replace(**{k: float(np.exp(getattr(out, k))) for k in ("estimate", "low", "high")})
 
 # %% ../nbs/03_stats.ipynb #c98b3026
-def wilson(successes: int,           # right answers
-           n: int,                   # questions
-           level: float = .95,
-          ) -> Interval:             # share, low, high
+def wilson(
+    successes: int,  # right answers
+    n: int,  # questions
+    level: float = 0.95,
+) -> Interval:  # share, low, high
     "A share with Wilson's interval."
     from statistics import NormalDist
-    if n != int(n) or n < 1: raise ValueError(f"n = {n!r}: at least one question is needed")
-    if successes != int(successes): raise ValueError(f"successes = {successes!r} is not a whole number: give the count, not the share")
+
+    if n != int(n) or n < 1:
+        raise ValueError(f"n = {n!r}: at least one question is needed")
+    if successes != int(successes):
+        raise ValueError(f"successes = {successes!r} is not a whole number: give the count, not the share")
     in_range(successes, 0, n, "successes"), in_range(level, 0, 1, "level", True, True)
-    z, p = NormalDist().inv_cdf(.5 + level / 2), successes / n
-    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** .5
+    z, p = NormalDist().inv_cdf(0.5 + level / 2), successes / n
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
     return Interval(p, max(0.0, low), min(1.0, high), None, int(n), "wilson")
 
 # %% ../nbs/03_stats.ipynb #c6641316
 class Equivalence(NamedTuple):
     "The result of two one-sided tests."
+
     estimate: float
-    low: float          # of the 1 - 2 alpha interval
+    low: float  # of the 1 - 2 alpha interval
     high: float
-    p: float            # the larger of the two one-sided p values
+    p: float  # the larger of the two one-sided p values
     n: int
     margin: float
-    equivalent: bool    # p <= alpha
+    equivalent: bool  # p <= alpha
 
-def tost(a: Sequence[float],                # (N,) first configuration
-         b: Sequence[float],                # (N,) second, paired with it
-         margin: float,                     # largest difference that does not matter, in the unit of a and b
-         alpha: float = .05,
-         clusters: Sequence | None = None,  # (N,) labels of what belongs together
-        ) -> Equivalence:
+
+def tost(
+    a: Sequence[float],  # (N,) first configuration
+    b: Sequence[float],  # (N,) second, paired with it
+    margin: float,  # largest difference that does not matter, in the unit of a and b
+    alpha: float = 0.05,
+    clusters: Sequence | None = None,  # (N,) labels of what belongs together
+) -> Equivalence:
     "Two one-sided paired t-tests: is the difference smaller than `margin` in both directions?"
     from scipy.stats import t
-    in_range(margin, 0, float("inf"), "margin", True, True), in_range(alpha, 0, .5, "alpha", True, True)
+
+    in_range(margin, 0, float("inf"), "margin", True, True), in_range(alpha, 0, 0.5, "alpha", True, True)
     total, size = _sums(a, b, clusters)
     (d, se), df = _ratio(total, size), len(total) - 1
     p = float(max(t.sf((d + margin) / se, df), t.cdf((d - margin) / se, df))) if se else float(abs(d) >= margin)
@@ -211,68 +264,97 @@ def tost(a: Sequence[float],                # (N,) first configuration
     return Equivalence(d, float(d - half), float(d + half), p, len(total), margin, p <= alpha)
 
 # %% ../nbs/03_stats.ipynb #c764d3f3
-def minimum_detectable_effect(spread: float | Sequence[float],  # standard deviation of the paired differences, or the differences (N,)
-                              n: int | None = None,             # pairs; default: as many as differences were given
-                              power: float = .8,
-                              alpha: float = .05,
-                             ) -> float:                        # in the unit of the differences
+def minimum_detectable_effect(
+    spread: float | Sequence[float],  # standard deviation of the paired differences, or the differences (N,)
+    n: int | None = None,  # pairs; default: as many as differences were given
+    power: float = 0.8,
+    alpha: float = 0.05,
+) -> float:  # in the unit of the differences
     "The smallest true difference that a two-sided paired t-test finds with this power."
     from scipy.optimize import brentq
     from scipy.stats import chi2, norm, t
+
     if not np.isscalar(spread):
         differences = _vector(spread, "differences")
         spread, n = float(differences.std(ddof=1)), len(differences) if n is None else n
-    if n is None or n < 2: raise ValueError(f"n = {n!r}: at least 2 pairs are needed")
+    if n is None or n < 2:
+        raise ValueError(f"n = {n!r}: at least 2 pairs are needed")
     in_range(spread, 0, float("inf"), "standard deviation", open_high=True), in_range(alpha, 0, 1, "alpha", True, True)
     in_range(power, alpha, 1, "power", True, True)
     limit = t.ppf(1 - alpha / 2, n - 1)
-    s = np.sqrt(chi2.ppf((np.arange(4000) + .5) / 4000, n - 1) / (n - 1))        # sample over true standard deviation, at even quantiles
+    s = np.sqrt(
+        chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1)
+    )  # sample over true standard deviation, at even quantiles
     missing = lambda shift: (norm.cdf(shift - limit * s) + norm.cdf(-shift - limit * s)).mean() - power
     high = limit
-    while missing(high) < 0: high *= 2
-    return float(brentq(missing, 0, high) * spread / n ** .5)
+    while missing(high) < 0:
+        high *= 2
+    return float(brentq(missing, 0, high) * spread / n**0.5)
 
 # %% ../nbs/03_stats.ipynb #c53f2c1d
-def benjamini_hochberg(p_values: Sequence[float | None],  # of all comparisons of one table; None where nothing was tested
-                      ) -> list[float | None]:            # adjusted p, in the same order
+def benjamini_hochberg(
+    p_values: Sequence[float | None],  # of all comparisons of one table; None where nothing was tested
+) -> list[float | None]:  # adjusted p, in the same order
     "Adjusted p values that control the false discovery rate over a table (Benjamini and Hochberg 1995)."
     from scipy.stats import false_discovery_control
+
     tested = [i for i, p in enumerate(p_values) if p is not None]
-    for i in tested: in_range(p_values[i], 0, 1, f"p_values[{i}]")
+    for i in tested:
+        in_range(p_values[i], 0, 1, f"p_values[{i}]")
     out = [None] * len(p_values)
     if tested:
-        for i, p in zip(tested, false_discovery_control([p_values[i] for i in tested])): out[i] = float(p)
+        for i, p in zip(tested, false_discovery_control([p_values[i] for i in tested])):
+            out[i] = float(p)
     return out
 
 # %% ../nbs/03_stats.ipynb #ceed6ee8
-def verdict(difference: float,                  # a - b
-            p: float,                           # two-sided, adjusted over the table
-            higher_is_better: bool,             # of the quantity that was compared
-            equivalence_p: float | None = None, # of `tost`, adjusted over the table
-            margin: float | None = None,        # of `tost`
-            mde: float | None = None,           # minimum detectable effect
-            alpha: float = .05,
-           ) -> str:                            # "better", "worse" (a against b), "equivalent" or "undecided"
+def verdict(
+    difference: float,  # a - b
+    p: float,  # two-sided, adjusted over the table
+    higher_is_better: bool,  # of the quantity that was compared
+    equivalence_p: float | None = None,  # of `tost`, adjusted over the table
+    margin: float | None = None,  # of `tost`
+    mde: float | None = None,  # minimum detectable effect
+    alpha: float = 0.05,
+) -> str:  # "better", "worse" (a against b), "equivalent" or "undecided"
     "What a table may say of a against b."
     in_range(p, 0, 1, "p"), in_range(alpha, 0, 1, "alpha", True, True)
-    if p <= alpha and difference: return "better" if (difference > 0) == higher_is_better else "worse"
-    if equivalence_p is None: return "undecided"
-    if margin is None or mde is None: raise ValueError("a claim of equivalence needs its margin and the minimum detectable effect")
+    if p <= alpha and difference:
+        return "better" if (difference > 0) == higher_is_better else "worse"
+    if equivalence_p is None:
+        return "undecided"
+    if margin is None or mde is None:
+        raise ValueError("a claim of equivalence needs its margin and the minimum detectable effect")
     return "equivalent" if equivalence_p <= alpha and margin >= mde else "undecided"
 
 # %% ../nbs/03_stats.ipynb #c7b4993c
-def verdicts(pairs: dict[str, tuple],         # name -> (a, b), each (N,) and paired
-             higher_is_better: bool,
-             margin: float | None = None,     # for equivalence, in the unit of the values
-             clusters: Sequence | None = None,# (N,) labels, the same for all pairs
-             bootstrap: bool = False,         # studentised bootstrap in place of t
-             alpha: float = .05,
-            ) -> list[dict]:                  # a row each: name, difference, low, high, p, p_adjusted, n, mde, equivalence_p, verdict
+def verdicts(
+    pairs: dict[str, tuple],  # name -> (a, b), each (N,) and paired
+    higher_is_better: bool,
+    margin: float | None = None,  # for equivalence, in the unit of the values
+    clusters: Sequence | None = None,  # (N,) labels, the same for all pairs
+    bootstrap: bool = False,  # studentised bootstrap in place of t
+    alpha: float = 0.05,
+) -> list[dict]:  # a row each: name, difference, low, high, p, p_adjusted, n, mde, equivalence_p, verdict
     "Compare every pair of a table, adjust over the table, and say what may be said."
     tests = [(paired_bootstrap if bootstrap else paired_t)(a, b, clusters, 1 - alpha) for a, b in pairs.values()]
     errors = [(_ratio(*s)[1], len(s[0])) for s in (_sums(a, b, clusters) for a, b in pairs.values())]
-    mdes = [minimum_detectable_effect(se * n ** .5, n, alpha=alpha) for se, n in errors]
+    mdes = [minimum_detectable_effect(se * n**0.5, n, alpha=alpha) for se, n in errors]
     same = [None if margin is None else tost(a, b, margin, alpha, clusters).p for a, b in pairs.values()]
-    return [dict(name=name, difference=t.estimate, low=t.low, high=t.high, p=t.p, p_adjusted=p, n=t.n, mde=mde, equivalence_p=e,
-                 verdict=verdict(t.estimate, p, higher_is_better, e, margin, mde, alpha))
-            for name, t, p, mde, e in zip(pairs, tests, benjamini_hochberg([t.p for t in tests]), mdes, benjamini_hochberg(same))]
+    return [
+        dict(
+            name=name,
+            difference=t.estimate,
+            low=t.low,
+            high=t.high,
+            p=t.p,
+            p_adjusted=p,
+            n=t.n,
+            mde=mde,
+            equivalence_p=e,
+            verdict=verdict(t.estimate, p, higher_is_better, e, margin, mde, alpha),
+        )
+        for name, t, p, mde, e in zip(
+            pairs, tests, benjamini_hochberg([t.p for t in tests]), mdes, benjamini_hochberg(same)
+        )
+    ]

@@ -14,9 +14,10 @@ from time import perf_counter
 import torch
 
 # %% ../nbs/04_timing.ipynb #cfd46126
-def median_interval(values: list[float],       # observations
-                    level: float = .95,        # at least this coverage, where n allows it
-                   ) -> tuple[float, float, float]:  # median, low, high
+def median_interval(
+    values: list[float],  # observations
+    level: float = 0.95,  # at least this coverage, where n allows it
+) -> tuple[float, float, float]:  # median, low, high
     "The median with its distribution-free order-statistics interval; the whole range where n is too small for `level`."
     x, n = sorted(values), len(values)
     j, below = 0, 0.0
@@ -27,19 +28,30 @@ def median_interval(values: list[float],       # observations
     return median(x), x[j], x[n - 1 - j]
 
 # %% ../nbs/04_timing.ipynb #c154b0f6
-def compare_times(ours: Callable[[], object],  # called without arguments
-                  peer: Callable[[], object],  # what `ours` is compared with
-                  pairs: int = 21,             # measurements of each, taken in turns
-                  warmup: int = 3,             # unmeasured calls of each before
-                 ) -> dict:                    # ours_ms, peer_ms (medians), ratio = ours / peer with low and high (95 %), pairs
+def compare_times(
+    ours: Callable[[], object],  # called without arguments
+    peer: Callable[[], object],  # what `ours` is compared with
+    pairs: int = 21,  # measurements of each, taken in turns
+    warmup: int = 3,  # unmeasured calls of each before
+) -> dict:  # ours_ms, peer_ms (medians), ratio = ours / peer with low and high (95 %), pairs
     "Time two functions in turns in this process; a ratio under 1 says that `ours` is faster."
+
     def once(f):
         start = perf_counter()
         f()
-        if torch.cuda.is_available(): torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return (perf_counter() - start) * 1e3
-    for _ in range(warmup): ours(), peer()
+
+    for _ in range(warmup):
+        ours(), peer()
     times = [(once(ours), once(peer)) if i % 2 else (once(peer), once(ours))[::-1] for i in range(pairs)]
     ratio, low, high = median_interval([a / b for a, b in times])
-    return {"ours_ms": median(a for a, _ in times), "peer_ms": median(b for _, b in times),
-            "ratio": ratio, "low": low, "high": high, "pairs": pairs}
+    return {
+        "ours_ms": median(a for a, _ in times),
+        "peer_ms": median(b for _, b in times),
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "pairs": pairs,
+    }

@@ -1,4 +1,5 @@
 """Tests never ask a hub, and run with the repository's root as their working directory."""
+
 import os
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def root() -> Path:
 def one_thread():
     "Small matrix products on one thread: a second one only waits when tests run side by side."
     import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

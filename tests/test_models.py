@@ -1,4 +1,5 @@
 "The tiny model: tokenizer, resuming after a real kill, the cache; loading of real transformers classes; fingerprints; every bad input."
+
 import json
 import os
 import signal
@@ -12,12 +13,26 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.utils import logging
 
-from moe_routing import models
-from moe_routing.models import TinyRecipe, fingerprint, learning_rate_share, load_model, make_tokenizer, model_size, tiny_config, tiny_folder, tiny_model, train_tiny, training_batches
+from moe_routing.models import load as models
+from moe_routing.models.load import (
+    TinyRecipe,
+    fingerprint,
+    learning_rate_share,
+    load_model,
+    make_tokenizer,
+    model_size,
+    tiny_config,
+    tiny_folder,
+    tiny_model,
+    train_tiny,
+    training_batches,
+)
 from moe_routing.settings import load_settings
 
 logging.disable_progress_bar()
-SMALL = TinyRecipe(steps=24, batch=2, length=16, vocab_size=300, hidden=16, intermediate=8, layers=2, heads=2, num_experts=4, top_k=2)
+SMALL = TinyRecipe(
+    steps=24, batch=2, length=16, vocab_size=300, hidden=16, intermediate=8, layers=2, heads=2, num_experts=4, top_k=2
+)
 TOKENS = [torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(20)]
 TEXTS = [f"number {i} of the texts, with {i * 17} things in it" for i in range(200)]
 
@@ -39,10 +54,11 @@ def same(a, b):
 def test_tokenizer_loses_no_byte(tokenizer):
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        text = "".join(chr(c) for c in torch.randint(9, 0x2fff, (30,), generator=generator).tolist())
+        text = "".join(chr(c) for c in torch.randint(9, 0x2FFF, (30,), generator=generator).tolist())
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert all(len(tokenizer.decode([i]).strip()) <= 1 for i in tokenizer("2024 1234567890").input_ids)
-    with pytest.raises(ValueError, match="vocab_size = 100"): make_tokenizer(TEXTS, 100)
+    with pytest.raises(ValueError, match="vocab_size = 100"):
+        make_tokenizer(TEXTS, 100)
 
 
 def test_every_field_changes_the_key():
@@ -51,32 +67,39 @@ def test_every_field_changes_the_key():
 
 
 def test_batches_cover_the_text_once_a_pass():
-    recipe = replace(SMALL, steps=25, batch=2)     # 20 x 40 tokens = 50 windows of 16 = one pass
+    recipe = replace(SMALL, steps=25, batch=2)  # 20 x 40 tokens = 50 windows of 16 = one pass
     one = training_batches(TOKENS, recipe)
     assert sorted(one.flatten().tolist()) == sorted(t for d in TOKENS for t in d)
     more = training_batches(TOKENS, replace(recipe, steps=60))
     assert torch.equal(more[:25], one) and not torch.equal(more[25:50], one)
     assert not torch.equal(one, training_batches(TOKENS, replace(recipe, seed=1)))
-    with pytest.raises(ValueError, match="fewer than length = 16"): training_batches([[1, 2]], recipe)
+    with pytest.raises(ValueError, match="fewer than length = 16"):
+        training_batches([[1, 2]], recipe)
 
 
 def test_schedule_of_short_trainings():
-    for steps in (1, 2, 3, 10): assert all(0 < learning_rate_share(i, replace(SMALL, steps=steps)) <= 1 for i in range(steps))
+    for steps in (1, 2, 3, 10):
+        assert all(0 < learning_rate_share(i, replace(SMALL, steps=steps)) <= 1 for i in range(steps))
 
 
 def test_training_goes_on_after_kill_minus_9(tmp_path):
     file = tmp_path / "c.safetensors"
-    code = (f"import torch; torch.set_num_threads(1); from moe_routing.models import TinyRecipe, train_tiny; from pathlib import Path; "
-            f"train_tiny({replace(SMALL, steps=5000)!r}, {TOKENS!r}, Path({str(file)!r}), every=3, progress=False)")
+    code = (
+        f"import torch; torch.set_num_threads(1); from moe_routing.models.load import TinyRecipe, train_tiny; from pathlib import Path; "
+        f"train_tiny({replace(SMALL, steps=5000)!r}, {TOKENS!r}, Path({str(file)!r}), every=3, progress=False)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.time() + 60
-    while not file.exists() and time.time() < deadline and process.poll() is None: time.sleep(.02)
-    process.send_signal(signal.SIGKILL); process.wait()
+    while not file.exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert file.exists()
-    with models.safe_open(file, "pt") as f: step = int(f.metadata()["step"])
+    with models.safe_open(file, "pt") as f:
+        step = int(f.metadata()["step"])
     assert step % 3 == 0 and step > 0
     recipe = replace(SMALL, steps=5000)
-    resumed, log = train_tiny(recipe, TOKENS, file, every=10 ** 9, progress=False, stop=step + 5)
+    resumed, log = train_tiny(recipe, TOKENS, file, every=10**9, progress=False, stop=step + 5)
     straight, whole = train_tiny(recipe, TOKENS, progress=False, stop=step + 5)
     assert log["losses"] == whole["losses"] and len(log["losses"]) == step + 5 and same(resumed, straight)
 
@@ -91,7 +114,11 @@ def test_cache(settings, monkeypatch):
     assert len(json.loads((folder / "training.json").read_text())["losses"]) == SMALL.steps
     monkeypatch.setattr(models, "train_tiny", lambda *a, **k: pytest.fail("trained again"))
     again, other = load_model("tiny", settings=settings, **recipe)
-    assert same(model, again) and fingerprint(model) == fingerprint(again) and other("5 things").input_ids == tokenizer("5 things").input_ids
+    assert (
+        same(model, again)
+        and fingerprint(model) == fingerprint(again)
+        and other("5 things").input_ids == tokenizer("5 things").input_ids
+    )
     assert not again.training and again.config._experts_implementation == "ragged"
 
 
@@ -100,7 +127,8 @@ def test_nowhere_to_keep_it(settings, monkeypatch):
     monkeypatch.setattr(models, "corpus_hash", lambda *a: "0")
     settings.cache_dir.parent.mkdir(exist_ok=True)
     settings.cache_dir.write_text("a file where the folder should be")
-    with pytest.raises(OSError, match="cache_dir"): tiny_model(**asdict(SMALL), settings=settings, progress=False)
+    with pytest.raises(OSError, match="cache_dir"):
+        tiny_model(**asdict(SMALL), settings=settings, progress=False)
     assert tiny_model(**asdict(SMALL), cache=False, settings=settings, progress=False)[0].config.num_experts == 4
 
 
@@ -114,14 +142,24 @@ def test_auxiliary_loss_is_on():
 def test_real_classes_through_a_folder(family, tokenizer, tmp_path, settings):
     shape = dict(vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
     torch.manual_seed(0)
-    model = {"mixtral": lambda: MixtralForCausalLM(MixtralConfig(**shape, intermediate_size=8, num_local_experts=4)),
-             "qwen2_moe": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**shape, moe_intermediate_size=8, intermediate_size=8, shared_expert_intermediate_size=8, num_experts=4)),
-             "olmoe": lambda: OlmoeForCausalLM(tiny_config(SMALL))}[family]().eval()
-    model.save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
+    model = {
+        "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**shape, intermediate_size=8, num_local_experts=4)),
+        "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(
+                **shape, moe_intermediate_size=8, intermediate_size=8, shared_expert_intermediate_size=8, num_experts=4
+            )
+        ),
+        "olmoe": lambda: OlmoeForCausalLM(tiny_config(SMALL)),
+    }[family]().eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     ids = torch.arange(12)[None]
     for experts in ("ragged", None):
         loaded, own = load_model(str(tmp_path), device="cpu", dtype="float32", experts=experts, settings=settings)
-        assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5) and own("7 texts").input_ids == tokenizer("7 texts").input_ids
+        assert (
+            torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
+            and own("7 texts").input_ids == tokenizer("7 texts").input_ids
+        )
         assert fingerprint(loaded) == fingerprint(model)
     half, _ = load_model(str(tmp_path), device="cpu", dtype="bfloat16", settings=settings)
     assert half.dtype == torch.bfloat16
@@ -130,45 +168,71 @@ def test_real_classes_through_a_folder(family, tokenizer, tmp_path, settings):
 
 def test_active_parameters():
     size, config = model_size(tiny_config(SMALL)), tiny_config(SMALL)
-    assert size["parameters"] - size["active"] == 2 * (4 - 2) * 3 * 16 * 8 and size["gigabytes"] == size["parameters"] * 2 / 1e9
-    assert model_size(config, torch.float32)["gigabytes"] == 2 * size["gigabytes"] and model_size(config, quantize="4bit")["parameters"] == size["parameters"]
+    assert (
+        size["parameters"] - size["active"] == 2 * (4 - 2) * 3 * 16 * 8
+        and size["gigabytes"] == size["parameters"] * 2 / 1e9
+    )
+    assert (
+        model_size(config, torch.float32)["gigabytes"] == 2 * size["gigabytes"]
+        and model_size(config, quantize="4bit")["parameters"] == size["parameters"]
+    )
 
 
 @pytest.fixture
 def folder(tokenizer, tmp_path):
     OlmoeForCausalLM(tiny_config(SMALL)).save_pretrained(tmp_path / "bare")
-    OlmoeForCausalLM(tiny_config(SMALL)).save_pretrained(tmp_path / "whole"); tokenizer.save_pretrained(tmp_path / "whole")
+    OlmoeForCausalLM(tiny_config(SMALL)).save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
     (tmp_path / "none").mkdir()
-    OlmoeForCausalLM(tiny_config(SMALL)).save_pretrained(tmp_path / "cut"); tokenizer.save_pretrained(tmp_path / "cut")
+    OlmoeForCausalLM(tiny_config(SMALL)).save_pretrained(tmp_path / "cut")
+    tokenizer.save_pretrained(tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     return tmp_path
 
 
-@pytest.mark.parametrize("call,error,words", [
-    (lambda s, f: load_model("tinny", settings=s), ValueError, ["'tinny'", "did you mean 'tiny'"]),
-    (lambda s, f: load_model(str(f / "nowhere"), settings=s), ValueError, ["nowhere", "folder"]),
-    (lambda s, f: load_model("nobody/nothing", settings=s), FileNotFoundError, ["'nobody/nothing'", "hub = no"]),
-    (lambda s, f: load_model("nobody/nothing", settings=replace(s, hub=True)), FileNotFoundError, ["'nobody/nothing'", "connect to the network once", "'tiny'"]),
-    (lambda s, f: load_model(str(f / "none"), settings=s), FileNotFoundError, ["config.json"]),
-    (lambda s, f: load_model(str(f / "bare"), settings=s), FileNotFoundError, ["without a tokenizer", "tokenizer="]),
-    (lambda s, f: load_model(str(f / "whole"), quantize="3bit", settings=s), ValueError, ["'3bit'", "4bit, 8bit"]),
-    (lambda s, f: load_model(str(f / "whole"), dtype="int4", settings=s), ValueError, ["'int4'", "bfloat16"]),
-    (lambda s, f: load_model(str(f / "whole"), experts="raged", settings=s), RuntimeError, ["raged", "cannot be loaded"]),
-    (lambda s, f: load_model("tiny", quantize="8bit", settings=s), ValueError, ["tiny"]),
-    (lambda s, f: load_model("tiny", stepps=3, settings=s), ValueError, ["'stepps'", "did you mean 'steps'"]),
-    (lambda s, f: train_tiny(replace(SMALL, steps=0), TOKENS), ValueError, ["steps = 0"]),
-    (lambda s, f: train_tiny(replace(SMALL, top_k=5), TOKENS), ValueError, ["top_k = 5", "4"]),
-])
+@pytest.mark.parametrize(
+    "call,error,words",
+    [
+        (lambda s, f: load_model("tinny", settings=s), ValueError, ["'tinny'", "did you mean 'tiny'"]),
+        (lambda s, f: load_model(str(f / "nowhere"), settings=s), ValueError, ["nowhere", "folder"]),
+        (lambda s, f: load_model("nobody/nothing", settings=s), FileNotFoundError, ["'nobody/nothing'", "hub = no"]),
+        (
+            lambda s, f: load_model("nobody/nothing", settings=replace(s, hub=True)),
+            FileNotFoundError,
+            ["'nobody/nothing'", "connect to the network once", "'tiny'"],
+        ),
+        (lambda s, f: load_model(str(f / "none"), settings=s), FileNotFoundError, ["config.json"]),
+        (
+            lambda s, f: load_model(str(f / "bare"), settings=s),
+            FileNotFoundError,
+            ["without a tokenizer", "tokenizer="],
+        ),
+        (lambda s, f: load_model(str(f / "whole"), quantize="3bit", settings=s), ValueError, ["'3bit'", "4bit, 8bit"]),
+        (lambda s, f: load_model(str(f / "whole"), dtype="int4", settings=s), ValueError, ["'int4'", "bfloat16"]),
+        (
+            lambda s, f: load_model(str(f / "whole"), experts="raged", settings=s),
+            RuntimeError,
+            ["raged", "cannot be loaded"],
+        ),
+        (lambda s, f: load_model("tiny", quantize="8bit", settings=s), ValueError, ["tiny"]),
+        (lambda s, f: load_model("tiny", stepps=3, settings=s), ValueError, ["'stepps'", "did you mean 'steps'"]),
+        (lambda s, f: train_tiny(replace(SMALL, steps=0), TOKENS), ValueError, ["steps = 0"]),
+        (lambda s, f: train_tiny(replace(SMALL, top_k=5), TOKENS), ValueError, ["top_k = 5", "4"]),
+    ],
+)
 def test_bad_input(settings, folder, monkeypatch, call, error, words):
     from huggingface_hub import constants
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(error) as e: call(settings, folder)
+    with pytest.raises(error) as e:
+        call(settings, folder)
     assert all(w in str(e.value) for w in words), str(e.value)
 
 
 def test_damaged_weights(settings, folder):
-    with pytest.raises(RuntimeError) as e: load_model(str(folder / "cut"), settings=settings)
+    with pytest.raises(RuntimeError) as e:
+        load_model(str(folder / "cut"), settings=settings)
     assert "cut" in str(e.value) and "cannot be loaded" in str(e.value)
 
 

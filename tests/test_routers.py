@@ -1,4 +1,5 @@
 """Contracts over every row of the zoo, every weight convention and odd sizes."""
+
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,22 @@ from moe_routing.routers.adaptive import EntropyBands, Threshold, TopP, calibrat
 from moe_routing.routers.control import PositionHash, Random, TokenHash
 from moe_routing.routers.pvalue import fit_null
 from moe_routing.routers.topk import WEIGHTS, TopK, chosen, rank_keys, score_keys, weigh
-from moe_routing.routers.zoo import CONTRACTS, ROUTERS, Row, check_contracts, find_row, invariances, make_router, make_rule, zoo_table
+from moe_routing.routers.zoo import (
+    CONTRACTS,
+    ROUTERS,
+    Row,
+    check_contracts,
+    find_row,
+    invariances,
+    make_router,
+    make_rule,
+    zoo_table,
+)
 
 INF = float("inf")
-CHOOSING = [n for n, r in ROUTERS.items() if r.chooses == "token"]     # a token ranks its experts, and nothing else matters
+CHOOSING = [
+    n for n, r in ROUTERS.items() if r.chooses == "token"
+]  # a token ranks its experts, and nothing else matters
 IGNORES = [n for n, r in ROUTERS.items() if r.chooses == "nobody"]
 WHOLE = [n for n, r in ROUTERS.items() if r.chooses in ("expert", "batch")]
 
@@ -22,8 +35,13 @@ def logits_of(T, E, seed=0, scale=1.5):
 
 
 def context_of(T, **more):
-    return Context(token_id=torch.arange(T) % 11, position=torch.arange(T), sequence=torch.zeros(T, dtype=torch.int64),
-                   valid=torch.ones(T, dtype=torch.bool), **more)
+    return Context(
+        token_id=torch.arange(T) % 11,
+        position=torch.arange(T),
+        sequence=torch.zeros(T, dtype=torch.int64),
+        valid=torch.ones(T, dtype=torch.bool),
+        **more,
+    )
 
 
 def rule_of(row, E, **more):
@@ -33,18 +51,23 @@ def rule_of(row, E, **more):
 
 
 def softmax_gate(logits, dtype=torch.float32):
-    return replace(as_view(logits, k=min(2, logits.shape[1]), context=context_of(len(logits))),
-                   weigh=lambda experts: one_past_last(experts, logits.softmax(-1)).to(dtype))
+    return replace(
+        as_view(logits, k=min(2, logits.shape[1]), context=context_of(len(logits))),
+        weigh=lambda experts: one_past_last(experts, logits.softmax(-1)).to(dtype),
+    )
 
 
 def sigmoid_gate(logits, dtype=torch.float32):
     "Ranks by score + bias with the upper half of the experts excluded in every other token, weighs by the score alone, sums to 2.5."
     scores, E = logits.sigmoid(), logits.shape[1]
-    choice = scores + torch.linspace(.4, 0, E)
-    if E > 1: choice[::2, E // 2:] = -INF
+    choice = scores + torch.linspace(0.4, 0, E)
+    if E > 1:
+        choice[::2, E // 2 :] = -INF
+
     def native(experts):
         w = one_past_last(experts, scores)
         return (2.5 * w / w.sum(-1, keepdim=True).clamp_min(1e-20)).to(dtype)
+
     return GateView(logits, choice, native, min(2, E), context_of(len(logits)))
 
 
@@ -61,31 +84,48 @@ def test_contract_grid(name, gate):
                 again = rule(view)
                 assert torch.equal(routing.experts, again.experts) and torch.equal(routing.weights, again.weights)
                 assert routing.experts.shape[0] == T and routing.logits is view.logits
-                if T and name not in ("position_hash", "spectra_as_shipped"): assert not (routing.mask & (view.choice == -INF)).any()
-                asked = routing.extras["demand_counts"] if "refused" in routing.extras else routing.counts       # a quota may refuse all that a token asks for
-                if T and name not in ("expert_choice", "expert_threshold"): assert (asked >= 1).all()
+                if T and name not in ("position_hash", "spectra_as_shipped"):
+                    assert not (routing.mask & (view.choice == -INF)).any()
+                asked = (
+                    routing.extras["demand_counts"] if "refused" in routing.extras else routing.counts
+                )  # a quota may refuse all that a token asks for
+                if T and name not in ("expert_choice", "expert_threshold"):
+                    assert (asked >= 1).all()
                 if convention in ("renorm", "softk", "uniform") and T:
                     assert ((routing.weights.float().sum(-1) - 1).abs()[routing.counts > 0] < 2e-2).all()
-                if convention in ("native", "mass", "renorm"): assert routing.weights.dtype == dtype
+                if convention in ("native", "mass", "renorm"):
+                    assert routing.weights.dtype == dtype
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_permuting_experts(name):
-    row, logits, order = ROUTERS[name], logits_of(64, 16), torch.randperm(16, generator=torch.Generator().manual_seed(3))
+    row, logits, order = (
+        ROUTERS[name],
+        logits_of(64, 16),
+        torch.randperm(16, generator=torch.Generator().manual_seed(3)),
+    )
     null = {"null": fit_null(logits_of(200, 16, seed=9), "kde")} if row.needs_null else {}
     rule = make_rule(name, **row.example, **null)
     plain, renamed = rule(softmax_gate(logits)), rule(softmax_gate(logits[:, order]))
-    assert torch.allclose(renamed.dense(), plain.dense()[:, order], atol=1e-6) == (not row.exempt.get("permuting experts permutes the answer"))
+    assert torch.allclose(renamed.dense(), plain.dense()[:, order], atol=1e-6) == (
+        not row.exempt.get("permuting experts permutes the answer")
+    )
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_extreme_logits_and_ties(name):
-    for logits in (torch.zeros(4, 8), torch.full((4, 8), -1e30), logits_of(4, 8) * 1e30, logits_of(4, 8) * 1e-38, logits_of(40, 8).round()):
+    for logits in (
+        torch.zeros(4, 8),
+        torch.full((4, 8), -1e30),
+        logits_of(4, 8) * 1e30,
+        logits_of(4, 8) * 1e-38,
+        logits_of(40, 8).round(),
+    ):
         routing = rule_of(ROUTERS[name], 8)(softmax_gate(logits)).validate()
         if name in CHOOSING:
             for l, experts in zip(logits.tolist(), routing.experts.tolist()):
                 used = [e for e in experts if e < 8]
-                assert set(used) == set(sorted(range(8), key=lambda e: (-l[e], e))[:len(used)])
+                assert set(used) == set(sorted(range(8), key=lambda e: (-l[e], e))[: len(used)])
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -93,7 +133,8 @@ def test_extreme_logits_and_ties(name):
 def test_bad_logits(name, bad):
     logits = logits_of(5, 8)
     logits[3, 2] = bad
-    with pytest.raises(ValueError, match="row 3"): rule_of(ROUTERS[name], 8)(as_view(logits, context=context_of(5)))
+    with pytest.raises(ValueError, match="row 3"):
+        rule_of(ROUTERS[name], 8)(as_view(logits, context=context_of(5)))
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -112,7 +153,7 @@ def test_gradients_are_finite(convention):
     "Also in tokens with unused slots, with and without temperature."
     for temperature in (1.0, 2.0):
         leaf = logits_of(30, 8).requires_grad_()
-        rule = TopP(.5, weigh=convention, temperature=temperature)
+        rule = TopP(0.5, weigh=convention, temperature=temperature)
         weights = rule(leaf).weights
         if weights.requires_grad:
             weights.pow(2).sum().backward()
@@ -145,31 +186,63 @@ def test_conventions_by_hand():
     s = view.logits.sigmoid()[:, [0, 2]]
     native = 2.5 * s / s.sum(-1, keepdim=True)
     own = 2.5
-    for name, want in {"native": native, "renorm": native / 2.5, "mass": native / 2.5 * own, "softk": view.logits[:, [0, 2]].softmax(-1), "uniform": torch.full((6, 2), .5)}.items():
+    for name, want in {
+        "native": native,
+        "renorm": native / 2.5,
+        "mass": native / 2.5 * own,
+        "softk": view.logits[:, [0, 2]].softmax(-1),
+        "uniform": torch.full((6, 2), 0.5),
+    }.items():
         got = weigh(view, experts, name)
         assert torch.allclose(got[:, :2], want, atol=1e-6) and (got[:, 2] == 0).all(), name
     tempered = weigh(view, experts, "native", 2.0)
-    assert torch.allclose(tempered.sum(-1), native.sum(-1)) and torch.allclose(tempered[:, :2] / tempered[:, :1], (native / native[:, :1]).sqrt())
+    assert torch.allclose(tempered.sum(-1), native.sum(-1)) and torch.allclose(
+        tempered[:, :2] / tempered[:, :1], (native / native[:, :1]).sqrt()
+    )
 
 
-@pytest.mark.parametrize("name, params, message", [
-    ("nope", {}, "unknown router"), ("topk", {"kk": 1}, "did you mean 'k'"), ("topk", {"k": 0}, "k = 0"), ("topk", {"weigh": "norm"}, "'renorm'"),
-    ("topk", {"temperature": 0}, "temperature"), ("topk", {"jitter": -1}, "jitter"), ("top_p", {}, "needs p"), ("top_p", {"p": 1.5}, "p = 1.5"),
-    ("top_p", {"p": .5, "min_k": 3, "max_k": 2}, "larger than max_k"), ("threshold", {"threshold": 1}, "threshold = 1"), ("entropy_bands", {"limits": (.3, .5, .7)}, "fall"),
-    ("entropy_bands", {"ks": (1, 2)}, "bands"), ("entropy_bands", {"ks": (0, 1, 2, 3)}, "k of a band"), ("bh", {"alpha": .3, "max_k": 4}, "needs a null"),
-    ("hc", {"beta": 0}, "null|beta"), ("random", {"k": -1}, "k = -1"), ("topk", {"k": "3"}, "whole number"), ("topk", {"temperature": "hot"}, "wrong type")])
+@pytest.mark.parametrize(
+    "name, params, message",
+    [
+        ("nope", {}, "unknown router"),
+        ("topk", {"kk": 1}, "did you mean 'k'"),
+        ("topk", {"k": 0}, "k = 0"),
+        ("topk", {"weigh": "norm"}, "'renorm'"),
+        ("topk", {"temperature": 0}, "temperature"),
+        ("topk", {"jitter": -1}, "jitter"),
+        ("top_p", {}, "needs p"),
+        ("top_p", {"p": 1.5}, "p = 1.5"),
+        ("top_p", {"p": 0.5, "min_k": 3, "max_k": 2}, "larger than max_k"),
+        ("threshold", {"threshold": 1}, "threshold = 1"),
+        ("entropy_bands", {"limits": (0.3, 0.5, 0.7)}, "fall"),
+        ("entropy_bands", {"ks": (1, 2)}, "bands"),
+        ("entropy_bands", {"ks": (0, 1, 2, 3)}, "k of a band"),
+        ("bh", {"alpha": 0.3, "max_k": 4}, "needs a null"),
+        ("hc", {"beta": 0}, "null|beta"),
+        ("random", {"k": -1}, "k = -1"),
+        ("topk", {"k": "3"}, "whole number"),
+        ("topk", {"temperature": "hot"}, "wrong type"),
+    ],
+)
 def test_bad_parameters(name, params, message):
-    with pytest.raises(ValueError, match=message): make_rule(name, **params)
+    with pytest.raises(ValueError, match=message):
+        make_rule(name, **params)
 
 
-@pytest.mark.parametrize("rule", [TopK(9), TopP(.5, max_k=9), Threshold(.1, min_k=9), EntropyBands(ks=(1, 2, 3, 9)), Random(9), PositionHash(9)])
+@pytest.mark.parametrize(
+    "rule",
+    [TopK(9), TopP(0.5, max_k=9), Threshold(0.1, min_k=9), EntropyBands(ks=(1, 2, 3, 9)), Random(9), PositionHash(9)],
+)
 def test_too_many_experts_at_call(rule):
-    with pytest.raises(ValueError, match="9"): rule(torch.randn(3, 8))
+    with pytest.raises(ValueError, match="9"):
+        rule(torch.randn(3, 8))
 
 
 def test_needs_context():
-    with pytest.raises(ValueError, match="token_id"): TokenHash(2)(torch.randn(3, 8))
-    with pytest.raises(ValueError, match="repeats experts"): PositionHash(2)(torch.randn(3, 97))
+    with pytest.raises(ValueError, match="token_id"):
+        TokenHash(2)(torch.randn(3, 8))
+    with pytest.raises(ValueError, match="repeats experts"):
+        PositionHash(2)(torch.randn(3, 97))
 
 
 def test_random_is_uniform_over_pairs():
@@ -186,12 +259,18 @@ def test_random_is_uniform_over_pairs():
 @pytest.mark.parametrize("calibrate, rule", [(calibrate_top_p, TopP), (calibrate_threshold, Threshold)])
 def test_calibration(calibrate, rule):
     logits = logits_of(300 * 3, 16).view(300, 3, 16)
-    for min_k, max_k, targets in ((1, None, (1, 1.5, 4, 15.9, 16)), (1, 4, (1, 2.2, 4)), (2, 6, (2, 3.3, 6)), (3, 3, (3,))):
+    for min_k, max_k, targets in (
+        (1, None, (1, 1.5, 4, 15.9, 16)),
+        (1, 4, (1, 2.2, 4)),
+        (2, 6, (2, 3.3, 6)),
+        (3, 3, (3,)),
+    ):
         for target in targets:
             knob = calibrate(logits, target, min_k=min_k, max_k=max_k)
             mean = float(rule(knob, min_k=min_k, max_k=max_k)(logits.flatten(0, 1)).counts.float().mean())
-            assert abs(mean - target) < .02, (min_k, max_k, target, mean)
-        with pytest.raises(ValueError, match="target_k"): calibrate(logits, 17, min_k=min_k, max_k=max_k)
+            assert abs(mean - target) < 0.02, (min_k, max_k, target, mean)
+        with pytest.raises(ValueError, match="target_k"):
+            calibrate(logits, 17, min_k=min_k, max_k=max_k)
 
 
 def example_of(row, E=8, **more):
@@ -200,24 +279,33 @@ def example_of(row, E=8, **more):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("capacity_factor", [None, .5, 1.25])
+@pytest.mark.parametrize("capacity_factor", [None, 0.5, 1.25])
 def test_router_module(name, capacity_factor):
     row = ROUTERS[name]
     torch.manual_seed(0)
     router = make_router(name, hidden_size=12, num_experts=8, capacity_factor=capacity_factor, **example_of(row))
-    deep = row.router.depth_shared                                   # makes a state of its own, and has other weights
+    deep = row.router.depth_shared  # makes a state of its own, and has other weights
     for T in (0, 1, 9):
         for training in (True, False):
             context = replace(context_of(T), position=torch.zeros(T, dtype=torch.int64)) if T == 1 else context_of(T)
-            routing, state = router.train(training)(torch.randn(T, 12).bfloat16(), context, state=None if deep else "kept")
-            assert (len(state) == T if deep and router.use_gru else state == (None if deep else "kept")) and routing.validate().logits.dtype == torch.float32
+            routing, state = router.train(training)(
+                torch.randn(T, 12).bfloat16(), context, state=None if deep else "kept"
+            )
+            assert (
+                len(state) == T if deep and router.use_gru else state == (None if deep else "kept")
+            ) and routing.validate().logits.dtype == torch.float32
     router.train()
-    assert deep or list(router.state_dict())[0] == "weight" and (len(router.state_dict()) > 1) == (router.steer.__func__ is not Router.steer)
+    assert (
+        deep
+        or list(router.state_dict())[0] == "weight"
+        and (len(router.state_dict()) > 1) == (router.steer.__func__ is not Router.steer)
+    )
     routing, _ = router(torch.randn(9, 12), context_of(9))
     if row.trainable:
         routing.weights.pow(2).sum().backward()
         assert next(router.parameters()).grad.abs().sum() > 0
-    else: assert not routing.weights.requires_grad
+    else:
+        assert not routing.weights.requires_grad
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -225,16 +313,20 @@ def test_capacity_means_what_the_row_says(name):
     row, T = ROUTERS[name], 200
     torch.manual_seed(0)
     skew, context = torch.randn(12) * 2, context_of(T)
-    for factor in (.5, 1.):
+    for factor in (0.5, 1.0):
         router = make_router(name, 12, 8, capacity_factor=factor, **example_of(row))
         k = router.k
         for training in (True, False):
             routing, _ = router.train(training)(torch.randn(T, 12) + skew, context)
             most = max(1, -(-int(factor * T * k * 1000) // 8000))
-            if row.capacity == "never": assert routing.load.tolist() == [T] * 8
-            elif training or row.capacity != "budget" or row.evaluate: assert int(routing.load.max()) <= most, (factor, training)
-            if row.capacity in ("limit", "both"): assert routing.extras["capacity"] == most
-    if row.group != "control": assert (make_router(name, 12, 8, **example_of(row))(torch.randn(T, 12) + skew, context)[0].load.max() > T // 8)
+            if row.capacity == "never":
+                assert routing.load.tolist() == [T] * 8
+            elif training or row.capacity != "budget" or row.evaluate:
+                assert int(routing.load.max()) <= most, (factor, training)
+            if row.capacity in ("limit", "both"):
+                assert routing.extras["capacity"] == most
+    if row.group != "control":
+        assert make_router(name, 12, 8, **example_of(row))(torch.randn(T, 12) + skew, context)[0].load.max() > T // 8
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -245,8 +337,16 @@ def test_contracts(name):
     assert not [v for v in found.values() if v.startswith("BROKEN")], found
 
 
-BATCH_WIDE = {"expert_choice": "causal batch", "sinkhorn": "causal batch", "sbase": "causal batch", "expert_choice_as_shipped": "causal batch", "random": "batch padding", "position_hash": "batch padding",
-              **{name: "causal batch" for name in ROUTERS if name.startswith("spectra") and name != "spectra_all_removed"}, "spectra_as_shipped": "causal batch padding"}
+BATCH_WIDE = {
+    "expert_choice": "causal batch",
+    "sinkhorn": "causal batch",
+    "sbase": "causal batch",
+    "expert_choice_as_shipped": "causal batch",
+    "random": "batch padding",
+    "position_hash": "batch padding",
+    **{name: "causal batch" for name in ROUTERS if name.startswith("spectra") and name != "spectra_all_removed"},
+    "spectra_as_shipped": "causal batch padding",
+}
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -254,18 +354,30 @@ def test_invariances(name):
     trained, evaluated = invariances(name, training=True, draws=3), invariances(name, draws=3)
     depends = set(BATCH_WIDE.get(name, "").split())
     assert {w for w, stays in trained.items() if not stays} == depends
-    assert {w for w, stays in evaluated.items() if not stays} == ((depends - {"padding"} if name == "spectra_as_shipped" else depends) if ROUTERS[name].group in ("control", "as shipped") else set())
+    assert {w for w, stays in evaluated.items() if not stays} == (
+        (depends - {"padding"} if name == "spectra_as_shipped" else depends)
+        if ROUTERS[name].group in ("control", "as shipped")
+        else set()
+    )
 
 
 def test_table():
     table = zoo_table(draws=1)
-    assert list(table.index) == list(ROUTERS) and table.loc["sinkhorn", "causal"] == "yes (training: no)" and table.loc["random", "batch-invariant"] == "no"
+    assert (
+        list(table.index) == list(ROUTERS)
+        and table.loc["sinkhorn", "causal"] == "yes (training: no)"
+        and table.loc["random", "batch-invariant"] == "no"
+    )
 
 
 def test_losses_are_not_shared():
-    a, b = make_router("topk_z", 8, 4, k=2), make_router("topk_z", 8, 4, k=2, losses={"aux": .5})
-    a.losses["aux"] = 7.
-    assert ROUTERS["topk_z"].losses == {"aux": .01, "z": .001} and b.losses == {"aux": .5} and make_router("softk", 8, 4, k=2).losses == {}
+    a, b = make_router("topk_z", 8, 4, k=2), make_router("topk_z", 8, 4, k=2, losses={"aux": 0.5})
+    a.losses["aux"] = 7.0
+    assert (
+        ROUTERS["topk_z"].losses == {"aux": 0.01, "z": 0.001}
+        and b.losses == {"aux": 0.5}
+        and make_router("softk", 8, 4, k=2).losses == {}
+    )
 
 
 @pytest.mark.parametrize("name", IGNORES)
@@ -273,17 +385,35 @@ def test_controls_learn_nothing_of_the_choice(name):
     router = make_router(name, 12, 8, k=2)
     weights = router(torch.randn(20, 12), context_of(20))[0].weights
     assert not weights.requires_grad and len(weights.unique()) == 1
-    if name in ("random", "token_hash"): assert make_rule(name, k=2).weigh == "native"          # in a pretrained model: its own weights
+    if name in ("random", "token_hash"):
+        assert make_rule(name, k=2).weigh == "native"  # in a pretrained model: its own weights
 
 
-@pytest.mark.parametrize("name, params, message", [
-    ("topk_aux", {"k": 9}, "k of topk_aux with 8 experts = 9"), ("switch_top2", {"num_experts": 1}, "k of switch_top2 with 1 experts = 2"), ("topk_aux", {"k": 0}, "= 0 is outside"), ("topk_aux", {"k": "2"}, "whole number"),
-    ("quantile", {"k": 1}, "never train its gate"), ("softk", {"k": 1}, "never train its gate"), ("topk", {"k": 1, "weigh": "none"}, "unknown weight convention"), ("switch", {"capacity_factor": 0}, "capacity_factor"),
-    ("expert_choice", {"capacity_factor": -1.}, "capacity_factor"), ("dense", {"capacity_factor": float("nan")}, "capacity_factor"), ("switch", {"refuse": "scores"}, "did you mean 'score'"),
-    ("loss_free", {"uu": .1}, "unknown parameter of loss_free 'uu'"), ("topk_aux", {"horizon": 3}, "unknown parameter"), ("topk_bux", {}, "did you mean 'topk_aux'"), ("bh", {"alpha": .1, "max_k": 2}, "null"),
-    ("topk", {"hidden_size": 0}, "hidden_size"), ("topk", {"num_experts": 0}, "num_experts")])
+@pytest.mark.parametrize(
+    "name, params, message",
+    [
+        ("topk_aux", {"k": 9}, "k of topk_aux with 8 experts = 9"),
+        ("switch_top2", {"num_experts": 1}, "k of switch_top2 with 1 experts = 2"),
+        ("topk_aux", {"k": 0}, "= 0 is outside"),
+        ("topk_aux", {"k": "2"}, "whole number"),
+        ("quantile", {"k": 1}, "never train its gate"),
+        ("softk", {"k": 1}, "never train its gate"),
+        ("topk", {"k": 1, "weigh": "none"}, "unknown weight convention"),
+        ("switch", {"capacity_factor": 0}, "capacity_factor"),
+        ("expert_choice", {"capacity_factor": -1.0}, "capacity_factor"),
+        ("dense", {"capacity_factor": float("nan")}, "capacity_factor"),
+        ("switch", {"refuse": "scores"}, "did you mean 'score'"),
+        ("loss_free", {"uu": 0.1}, "unknown parameter of loss_free 'uu'"),
+        ("topk_aux", {"horizon": 3}, "unknown parameter"),
+        ("topk_bux", {}, "did you mean 'topk_aux'"),
+        ("bh", {"alpha": 0.1, "max_k": 2}, "null"),
+        ("topk", {"hidden_size": 0}, "hidden_size"),
+        ("topk", {"num_experts": 0}, "num_experts"),
+    ],
+)
 def test_bad_routers(name, params, message):
-    with pytest.raises(ValueError, match=message): make_router(name, **{"hidden_size": 12, "num_experts": 8, **params})
+    with pytest.raises(ValueError, match=message):
+        make_router(name, **{"hidden_size": 12, "num_experts": 8, **params})
 
 
 def test_one_expert_each_may_be_asked_for_with_the_models_own_weights():
@@ -295,29 +425,40 @@ def test_one_expert_each_may_be_asked_for_with_the_models_own_weights():
 def test_needs():
     for name, row in ROUTERS.items():
         router = make_router(name, 12, 8, **example_of(row))
-        if not row.needs: router(torch.randn(5, 12))
+        if not row.needs:
+            router(torch.randn(5, 12))
         for need in row.needs:
-            with pytest.raises(ValueError, match=need): router(torch.randn(5, 12))
+            with pytest.raises(ValueError, match=need):
+                router(torch.randn(5, 12))
 
 
 def test_expert_choice_does_not_generate():
     router = make_router("expert_choice", 12, 8, k=2)
-    with pytest.raises(ValueError, match="whole batch"): router(torch.randn(1, 12))
+    with pytest.raises(ValueError, match="whole batch"):
+        router(torch.randn(1, 12))
     assert router.eval()(torch.randn(1, 12))[0].experts.shape[0] == 1
 
 
 def test_own_row(monkeypatch):
     import sys
     from types import ModuleType
+
     module = ModuleType("somebodys_routers")
-    module.MINE = Row("mine", TopK, "", "token", example={"k": 2}, defaults={"weigh": "renorm"}, losses={"entropy": .1})
+    module.MINE = Row(
+        "mine", TopK, "", "token", example={"k": 2}, defaults={"weigh": "renorm"}, losses={"entropy": 0.1}
+    )
     monkeypatch.setitem(sys.modules, "somebodys_routers", module)
     assert find_row("somebodys_routers:MINE") is module.MINE and find_row(module.MINE) is module.MINE
-    assert set(check_contracts("somebodys_routers:MINE").values()) == {"kept"} and all(invariances("somebodys_routers:MINE", draws=2).values())
-    assert make_router("somebodys_routers:MINE", 12, 8, k=2).losses == {"entropy": .1}
-    with pytest.raises(ValueError, match="not a Row"): find_row("torch:Tensor")
-    with pytest.raises(ValueError, match="group of routers"): replace(module.MINE, group="mine")
-    with pytest.raises(ValueError, match="unknown contract"): check_contracts(replace(module.MINE, exempt={"always right": ""}))
+    assert set(check_contracts("somebodys_routers:MINE").values()) == {"kept"} and all(
+        invariances("somebodys_routers:MINE", draws=2).values()
+    )
+    assert make_router("somebodys_routers:MINE", 12, 8, k=2).losses == {"entropy": 0.1}
+    with pytest.raises(ValueError, match="not a Row"):
+        find_row("torch:Tensor")
+    with pytest.raises(ValueError, match="group of routers"):
+        replace(module.MINE, group="mine")
+    with pytest.raises(ValueError, match="unknown contract"):
+        check_contracts(replace(module.MINE, exempt={"always right": ""}))
 
 
 def test_perturbation_finds_a_dependence_of_weights_alone():
@@ -329,12 +470,14 @@ def test_perturbation_finds_a_dependence_of_weights_alone():
         def decide(self, view):
             routing = super().decide(view)
             return replace(routing, weights=routing.weights * view.logits[-1].sigmoid().mean())
+
     found = invariances(Row("peeks", Peeks, "", "token", example={"k": 2}), draws=2)
-    assert not found["batch"] and not found["padding"] and found["causal"]         # the last row belongs to another sequence
+    assert not found["batch"] and not found["padding"] and found["causal"]  # the last row belongs to another sequence
 
 
 def test_describe_is_json():
     import json
+
     for name, row in ROUTERS.items():
         described = rule_of(row, 8).describe()
         assert json.loads(json.dumps(described)) == described and described["weigh"] in WEIGHTS

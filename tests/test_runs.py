@@ -1,4 +1,5 @@
 """Runs and studies: parameters, identity, state; and what is left after a kill -9 at any moment."""
+
 import json
 import os
 import shutil
@@ -12,9 +13,9 @@ import psutil
 import pytest
 
 from conftest import ROOT
-from moe_routing import runs
+from moe_routing.runs import study as runs
 
-TEMPLATE = '''from moe_routing.runs import Run
+TEMPLATE = """from moe_routing.runs.study import Run
 run = Run(out)
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ if out:
     log = Path(out).parent / "logs" / f"{alpha}.txt"
     log.parent.mkdir(exist_ok=True)
     log.write_text(f"alpha {alpha}")
-    run.finish(metrics={"twice": 2 * alpha}, files=[f"logs/{alpha}.txt"])'''
+    run.finish(metrics={"twice": 2 * alpha}, files=[f"logs/{alpha}.txt"])"""
 
 
 @pytest.fixture
@@ -37,21 +38,37 @@ def lab(tmp_path):
     (tmp_path / "papermill_runs" / "studies").mkdir(parents=True)
     shutil.copy(ROOT / "papermill_runs" / "Snakefile", tmp_path / "papermill_runs")
     shutil.copytree(ROOT / "papermill_runs" / "profiles", tmp_path / "papermill_runs" / "profiles")
-    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}, cells=[
-        nbformat.v4.new_code_cell('alpha = 0.3\nseconds = 0.0\nseed = 0\nout = ""', metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(TEMPLATE)])
+    nb = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
+        cells=[
+            nbformat.v4.new_code_cell(
+                'alpha = 0.3\nseconds = 0.0\nseed = 0\nout = ""', metadata={"tags": ["parameters"]}
+            ),
+            nbformat.v4.new_code_cell(TEMPLATE),
+        ],
+    )
     nbformat.write(nb, tmp_path / "nbs" / "runs" / "demo.ipynb")
-    study(tmp_path, [.1, .2, .3], seconds=0)
+    study(tmp_path, [0.1, 0.2, 0.3], seconds=0)
     return tmp_path
 
 
 def study(lab, alphas, seconds):
     (lab / "papermill_runs" / "studies" / "demo.yaml").write_text(
-        f"question: q\ntemplate: demo\nbase: {{seconds: {seconds}}}\ngroups: {{all: {{grid: {{alpha: {alphas}}}}}}}\n")
+        f"question: q\ntemplate: demo\nbase: {{seconds: {seconds}}}\ngroups: {{all: {{grid: {{alpha: {alphas}}}}}}}\n"
+    )
 
 
 def start(lab, verb=("run", "demo", "--cores", "2"), **environ):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(lab), **environ}
-    return subprocess.Popen([sys.executable, "-m", "moe_routing", *verb], cwd=lab, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "moe_routing", *verb],
+        cwd=lab,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def finish(lab, *verb):
@@ -66,38 +83,46 @@ def logs(lab):
 def our_processes(lab):
     found = []
     for p in psutil.process_iter(["cmdline", "cwd"]):
-        if p.info["cwd"] == str(lab) and p.pid != os.getpid() and p.info["cmdline"]: found.append(p)
+        if p.info["cwd"] == str(lab) and p.pid != os.getpid() and p.info["cmdline"]:
+            found.append(p)
     return found
 
 
 def find(lab, kind):
     words = {"snakemake": "snakemake", "papermill": "execute", "kernel": "ipykernel_launcher"}[kind]
-    return [p for p in our_processes(lab) if any(words in a for a in p.info["cmdline"]) and "sh" != p.info["cmdline"][0].split("/")[-1][-2:]]
+    return [
+        p
+        for p in our_processes(lab)
+        if any(words in a for a in p.info["cmdline"]) and "sh" != p.info["cmdline"][0].split("/")[-1][-2:]
+    ]
 
 
 def wait_for(what, seconds=60):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if found := what(): return found
-        time.sleep(.1)
+        if found := what():
+            return found
+        time.sleep(0.1)
     raise AssertionError("nothing came")
 
 
 def test_a_study_runs_once_and_a_second_time_does_nothing(lab):
-    study(lab, [.1, .2], seconds=0)
+    study(lab, [0.1, 0.2], seconds=0)
     text, code = finish(lab)
     assert code == 0 and "2 of 2 runs finished" in text
     times = {p: p.stat().st_mtime_ns for p in (lab / "papermill_runs" / "demo").rglob("run.json")}
     assert len(times) == 2
     text, code = finish(lab)
     assert code == 0 and {p: p.stat().st_mtime_ns for p in times} == times
-    next(iter((lab / "papermill_runs" / "demo" / "logs").iterdir())).unlink()   # a result that lost a file is not finished
+    next(
+        iter((lab / "papermill_runs" / "demo" / "logs").iterdir())
+    ).unlink()  # a result that lost a file is not finished
     text, code = finish(lab)
     assert code == 0 and len(logs(lab)) == 2 and sum(p.stat().st_mtime_ns != t for p, t in times.items()) == 1
 
 
 def test_one_failure_does_not_stop_the_rest_and_is_named(lab):
-    study(lab, [.1, 7, .3], seconds=0)
+    study(lab, [0.1, 7, 0.3], seconds=0)
     text, code = finish(lab)
     assert code != 0 and "2 of 3 runs finished" in text
     assert [line for line in text.splitlines() if line.startswith("failed:") and "alpha = 7 is outside (0, 1)" in line]
@@ -108,13 +133,17 @@ def test_one_failure_does_not_stop_the_rest_and_is_named(lab):
 
 @pytest.mark.parametrize("victim", ["snakemake", "papermill", "kernel", "everything"])
 def test_kill_9_and_the_same_command_goes_on(lab, victim):
-    alphas = [.1, .2, .3] if victim in ("snakemake", "everything") else [.1, .2]      # the third has not begun when the others are killed
+    alphas = (
+        [0.1, 0.2, 0.3] if victim in ("snakemake", "everything") else [0.1, 0.2]
+    )  # the third has not begun when the others are killed
     study(lab, alphas, seconds=2)
     first = start(lab)
     wait_for(lambda: list((lab / "papermill_runs" / "demo").glob("*/kernel.json")))
-    if victim == "everything": os.killpg(first.pid, signal.SIGKILL)
+    if victim == "everything":
+        os.killpg(first.pid, signal.SIGKILL)
     else:
-        for p in wait_for(lambda: find(lab, victim))[:1]: p.send_signal(signal.SIGKILL)
+        for p in wait_for(lambda: find(lab, victim))[:1]:
+            p.send_signal(signal.SIGKILL)
     if victim in ("snakemake", "everything"):
         first.wait(timeout=60)
     else:
@@ -127,7 +156,7 @@ def test_kill_9_and_the_same_command_goes_on(lab, victim):
 
 
 def test_a_second_start_beside_a_living_one_is_refused(lab):
-    study(lab, [.1, .2], seconds=3)
+    study(lab, [0.1, 0.2], seconds=3)
     first = start(lab)
     wait_for(lambda: list((lab / "papermill_runs" / "demo").glob("*/kernel.json")))
     text, code = finish(lab)
@@ -136,7 +165,7 @@ def test_a_second_start_beside_a_living_one_is_refused(lab):
 
 
 def test_stale_runs_are_shown_and_redone_when_asked(lab):
-    study(lab, [.1], seconds=0)
+    study(lab, [0.1], seconds=0)
     finish(lab)
     template = lab / "nbs" / "runs" / "demo.ipynb"
     template.write_text(template.read_text().replace("2 * alpha", "3 * alpha"))
@@ -149,7 +178,9 @@ def test_stale_runs_are_shown_and_redone_when_asked(lab):
 
 
 def test_misspelt_parameter_and_study_are_refused_before_anything_runs(lab):
-    (lab / "papermill_runs" / "studies" / "demo.yaml").write_text("question: q\ntemplate: demo\ngroups: {all: {grid: {alhpa: [1]}}}\n")
+    (lab / "papermill_runs" / "studies" / "demo.yaml").write_text(
+        "question: q\ntemplate: demo\ngroups: {all: {grid: {alhpa: [1]}}}\n"
+    )
     text, code = finish(lab)
     assert code == 1 and "'alpha'" in text and "demo.yaml" in text and not (lab / "papermill_runs" / "demo").exists()
     text, code = finish(lab, "run", "demmo")
@@ -157,11 +188,11 @@ def test_misspelt_parameter_and_study_are_refused_before_anything_runs(lab):
 
 
 def test_an_override_makes_a_study_of_its_own(lab):
-    study(lab, [.1], seconds=0)
+    study(lab, [0.1], seconds=0)
     text, code = finish(lab, "run", "demo", "--cores", "2", "seconds=0.1")
     assert code == 0 and "1 of 1 runs finished" in text, text
     (record,) = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "demo--0.1").glob("*/run.json")]
-    assert record["parameters"]["seconds"] == .1 and not (lab / "papermill_runs" / "demo").exists()
+    assert record["parameters"]["seconds"] == 0.1 and not (lab / "papermill_runs" / "demo").exists()
 
 
 def test_gpus_are_handed_out_as_many_as_a_run_takes(lab, monkeypatch):
@@ -171,52 +202,70 @@ def test_gpus_are_handed_out_as_many_as_a_run_takes(lab, monkeypatch):
     with runs._some_gpus(lab):
         first = os.environ["CUDA_VISIBLE_DEVICES"]
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        with runs._some_gpus(lab): second = os.environ["CUDA_VISIBLE_DEVICES"]
+        with runs._some_gpus(lab):
+            second = os.environ["CUDA_VISIBLE_DEVICES"]
     assert {first, second} == {"0", "1"}
-    for asked, held in ((2, "0,1"), (8, "0,1")):                           # all there are, where a plan asks for more
+    for asked, held in ((2, "0,1"), (8, "0,1")):  # all there are, where a plan asks for more
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        with runs._some_gpus(lab, asked): assert os.environ["CUDA_VISIBLE_DEVICES"] == held
+        with runs._some_gpus(lab, asked):
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == held
 
 
 def test_never_more_runs_start_than_there_are_gpus(lab):
     (lab / "settings.ini").write_text("[moe_routing]\n")
-    study(lab, [.1, .2], seconds=1)
+    study(lab, [0.1, 0.2], seconds=1)
     process = start(lab, CUDA_VISIBLE_DEVICES="0")
     most = 0
     while process.poll() is None:
         most = max(most, len(list((lab / "papermill_runs" / "demo").glob("*/owner.json"))))
-        time.sleep(.1)
+        time.sleep(0.1)
     assert process.returncode == 0 and most == 1, process.stdout.read()
     records = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "demo").glob("*/run.json")]
     assert [r["settings"]["device"] for r in records] == ["cuda", "cuda"]
 
 
-@pytest.mark.parametrize("text, words", [
-    ("question: q\ntemplate: demo\n", "'groups' is missing"),
-    ("question: q\ntemplate: demo\ngroups: {a: {grid: {}}}\n", "is empty"),
-    ("question: q\ntemplate: demo\ngroups: {a: {list: [{alpha: 1}, {alpha: 1}]}}\n", "listed twice"),
-    ("question: q\ntemplate: nothing\ngroups: {a: {list: [{alpha: 1}]}}\n", "no template"),
-    ("question: [q\n", "not valid YAML")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("question: q\ntemplate: demo\n", "'groups' is missing"),
+        ("question: q\ntemplate: demo\ngroups: {a: {grid: {}}}\n", "is empty"),
+        ("question: q\ntemplate: demo\ngroups: {a: {list: [{alpha: 1}, {alpha: 1}]}}\n", "listed twice"),
+        ("question: q\ntemplate: nothing\ngroups: {a: {list: [{alpha: 1}]}}\n", "no template"),
+        ("question: [q\n", "not valid YAML"),
+    ],
+)
 def test_faulty_studies_name_file_and_fault(lab, text, words):
     (lab / "papermill_runs" / "studies" / "demo.yaml").write_text(text)
-    with pytest.raises(ValueError, match=words): runs.plan_study("demo", root=lab)
+    with pytest.raises(ValueError, match=words):
+        runs.plan_study("demo", root=lab)
 
 
 def test_names_of_runs_are_never_taken_for_options(root):
     "A value without letters or digits, such as an empty recipe, must not leave a name that begins with a dash."
     for study in sorted((root / "papermill_runs" / "studies").glob("*.yaml")):
-        for name in runs.plan_study(study.stem, root=root).runs: assert name[0].isalnum() and "--" not in name, (study.stem, name)
+        for name in runs.plan_study(study.stem, root=root).runs:
+            assert name[0].isalnum() and "--" not in name, (study.stem, name)
 
 
 def test_a_result_outlives_changes_it_does_not_reach(tmp_path):
     "By the history of the repository: a new function beside it leaves a result valid, a changed line in what it uses does not, nor does an unknown commit or a dirty tree."
-    def git(*args): subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *args], check=True, capture_output=True)
+
+    def git(*args):
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *args], check=True, capture_output=True
+        )
+
     def commit():
         git("add", "-A"), git("commit", "-qm", "state")
-        return subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+
     package, template = tmp_path / "moe_routing", tmp_path / "nbs" / "runs" / "demo.ipynb"
     package.mkdir(), template.parent.mkdir(parents=True)
-    template.write_text(json.dumps({"cells": [{"cell_type": "code", "source": ["from moe_routing.core import used\n", "used(1)"]}]}))
+    template.write_text(
+        json.dumps({"cells": [{"cell_type": "code", "source": ["from moe_routing.core import used\n", "used(1)"]}]})
+    )
     core = package / "core.py"
     core.write_text("def used(x): return x + 1\n")
     git("init", "-q")
@@ -226,7 +275,8 @@ def test_a_result_outlives_changes_it_does_not_reach(tmp_path):
     record = {"code": "older", "commit": first, "dirty": False, "template": "demo"}
     assert runs.code_at(first, template, tmp_path) == runs.code_at(second, template, tmp_path) == today
     assert runs._code_of(record, template, tmp_path, today, {}) == today
-    for changed in ({"dirty": True}, {"commit": "f" * 40}, {"commit": None}): assert runs._code_of(record | changed, template, tmp_path, today, {}) == "older"
+    for changed in ({"dirty": True}, {"commit": "f" * 40}, {"commit": None}):
+        assert runs._code_of(record | changed, template, tmp_path, today, {}) == "older"
     core.write_text("def used(x): return x + 2\n")
     assert runs._code_of(record, template, tmp_path, runs.code_hash(template, package), {}) == "older"
 
@@ -244,12 +294,12 @@ groups:
 def days(lab):
     nb = nbformat.read(lab / "nbs" / "runs" / "demo.ipynb", 4)
     nb.cells[0].source = 'beta = 0\nwords = []\nk = 1\nfail = False\nseed = 0\nout = ""'
-    nb.cells[1].source = '''from pathlib import Path
-from moe_routing.runs import Run
+    nb.cells[1].source = """from pathlib import Path
+from moe_routing.runs.run import Run
 run = Run(out)
 if fail: raise ValueError("asked to fail")
 before = sorted(p.parent.name for p in Path(out).parent.glob("*/finished"))
-run.finish(metrics={"before": len(before), "k": k})'''
+run.finish(metrics={"before": len(before), "k": k})"""
     nbformat.write(nb, lab / "nbs" / "runs" / "other.ipynb")
     (lab / "papermill_runs" / "studies" / "demo.yaml").write_text(DAYS)
     return lab
@@ -257,22 +307,46 @@ run.finish(metrics={"before": len(before), "k": k})'''
 
 def test_groups_with_templates_of_their_own(days):
     plan = runs.plan_study("demo", root=days)
-    assert list(plan.runs) == ["day0_first", "day1_second", "day2_third"] and [plan.template(n) for n in plan.runs] == ["demo", "other", "demo"]
-    assert plan.runs["day1_second"] == {"beta": 1, "k": 2, "seed": 0, "group": "second"} and "k" not in plan.runs["day0_first"]      # what all share goes to those that know it
+    assert list(plan.runs) == ["day0_first", "day1_second", "day2_third"] and [plan.template(n) for n in plan.runs] == [
+        "demo",
+        "other",
+        "demo",
+    ]
+    assert (
+        plan.runs["day1_second"] == {"beta": 1, "k": 2, "seed": 0, "group": "second"}
+        and "k" not in plan.runs["day0_first"]
+    )  # what all share goes to those that know it
     assert plan.after == {"day1_second": ["day0_first"], "day2_third": ["day0_first", "day1_second"]}
-    assert list(runs.plan_study("demo", {"only": "second"}, days).runs) == ["day1_second"] and not runs.plan_study("demo", {"only": "second"}, days).after
+    assert (
+        list(runs.plan_study("demo", {"only": "second"}, days).runs) == ["day1_second"]
+        and not runs.plan_study("demo", {"only": "second"}, days).after
+    )
     late = runs.plan_study("demo", {"start_from": "second", "k": 5}, days)
-    assert list(late.runs) == ["day1_second", "day2_third"] and late.after == {"day2_third": ["day1_second"]} and late.runs["day1_second"]["k"] == 5
+    assert (
+        list(late.runs) == ["day1_second", "day2_third"]
+        and late.after == {"day2_third": ["day1_second"]}
+        and late.runs["day1_second"]["k"] == 5
+    )
     assert not runs.plan_study("demo", {"continue_on_error": True}, days).after and late.folder.name == "demo--5"
-    with pytest.raises(ValueError, match="no group 'sunday'"): runs.plan_study("demo", {"only": "sunday"}, days)
-    with pytest.raises(ValueError, match="no template of the study has the parameter 'kk'"): runs.plan_study("demo", {"kk": 1}, days)
+    with pytest.raises(ValueError, match="no group 'sunday'"):
+        runs.plan_study("demo", {"only": "sunday"}, days)
+    with pytest.raises(ValueError, match="no template of the study has the parameter 'kk'"):
+        runs.plan_study("demo", {"kk": 1}, days)
 
 
-@pytest.mark.parametrize("old, new, words", [("template: other, ", "", "names none of its own"), ("after: [first]", "after: [third]", "unknown group before 'second'"), ("{beta: 1}", "{gamma: 1}", "gamma"),
-                                             ("[{beta: 1}]", "[{beta: 1}, {beta: 2}]", "is for one run")])
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("template: other, ", "", "names none of its own"),
+        ("after: [first]", "after: [third]", "unknown group before 'second'"),
+        ("{beta: 1}", "{gamma: 1}", "gamma"),
+        ("[{beta: 1}]", "[{beta: 1}, {beta: 2}]", "is for one run"),
+    ],
+)
 def test_faulty_plans_of_several_templates(days, old, new, words):
     (days / "papermill_runs" / "studies" / "demo.yaml").write_text(DAYS.replace(old, new))
-    with pytest.raises(ValueError, match=words): runs.plan_study("demo", root=days)
+    with pytest.raises(ValueError, match=words):
+        runs.plan_study("demo", root=days)
 
 
 def test_days_run_in_order_one_alone_and_past_a_failure(days):
@@ -282,12 +356,25 @@ def test_days_run_in_order_one_alone_and_past_a_failure(days):
     assert code == 0 and "3 of 3 runs finished" in text and read("day1_second")["metrics"] == {"before": 1, "k": 2}
     shutil.rmtree(folder)
     text, code = finish(days, "week", "--config", "demo", "--only", "second")
-    assert code == 0 and [p.parent.name for p in folder.glob("*/finished")] == ["day1_second"] and read("day1_second")["metrics"]["before"] == 0
+    assert (
+        code == 0
+        and [p.parent.name for p in folder.glob("*/finished")] == ["day1_second"]
+        and read("day1_second")["metrics"]["before"] == 0
+    )
     text, code = finish(days, "week", "--config", "demo", "fail=True")
     failed = days / "papermill_runs" / "demo--fail"
-    assert code != 0 and "asked to fail" in text and not (failed / "day2_third" / "finished").exists() and (failed / "day0_first" / "finished").exists()
-    text, code = finish(days, "week", "--config", "demo", "--only", "second", "words=['a b/c', {'name': 'x'}, 4]")         # lists and quotes arrive as they were given
-    assert code == 0 and json.loads(next((days / "papermill_runs").glob("demo--*c_name_x_4*/day1_second/run.json")).read_text())["parameters"]["words"] == ["a b/c", {"name": "x"}, 4]
+    assert (
+        code != 0
+        and "asked to fail" in text
+        and not (failed / "day2_third" / "finished").exists()
+        and (failed / "day0_first" / "finished").exists()
+    )
+    text, code = finish(
+        days, "week", "--config", "demo", "--only", "second", "words=['a b/c', {'name': 'x'}, 4]"
+    )  # lists and quotes arrive as they were given
+    assert code == 0 and json.loads(
+        next((days / "papermill_runs").glob("demo--*c_name_x_4*/day1_second/run.json")).read_text()
+    )["parameters"]["words"] == ["a b/c", {"name": "x"}, 4]
     text, code = finish(days, "week", "--config", "demo", "words=abc")
     assert code == 1 and "words = 'abc' is no list: write it as ['abc']" in text
     text, code = finish(days, "week", "--config", "demo", "--continue_on_error", "fail=True")
@@ -296,28 +383,46 @@ def test_days_run_in_order_one_alone_and_past_a_failure(days):
 
 def test_a_field_counts_where_it_is_named():
     "A dataclass may get a field that the template's code never names; one that is named somewhere, even in another module or as a string, counts, and a NamedTuple counts whole."
-    package = {"core.py": "from dataclasses import dataclass\nfrom typing import NamedTuple\n@dataclass\nclass Settings:\n    a: int = 1\n    b: int = 2\n    def total(self): return self.a\nclass Pair(NamedTuple):\n    first: int = 0\n    second: int = 1\n",
-               "other.py": "from moe_routing.core import Pair\ndef read(settings): return getattr(settings, 'c', 0)\n"}
+    package = {
+        "core.py": "from dataclasses import dataclass\nfrom typing import NamedTuple\n@dataclass\nclass Settings:\n    a: int = 1\n    b: int = 2\n    def total(self): return self.a\nclass Pair(NamedTuple):\n    first: int = 0\n    second: int = 1\n",
+        "other.py": "from moe_routing.core import Pair\ndef read(settings): return getattr(settings, 'c', 0)\n",
+    }
     template = "from moe_routing.core import Settings, Pair\nx, y = Pair()\nSettings(3).total()"
-    after = lambda old, new, code=template: runs._hash(code, package) != runs._hash(code, {f: t.replace(old, new) for f, t in package.items()})
-    assert not after("    b: int = 2\n", "    b: int = 7\n") and not after("    b: int = 2\n", "    b: int = 2\n    c: int = 3\n")
-    assert after("a: int = 1", "a: int = 4") and after("return self.a", "return -self.a") and after("@dataclass\n", "@dataclass(frozen=True)\n")
+    after = lambda old, new, code=template: (
+        runs._hash(code, package) != runs._hash(code, {f: t.replace(old, new) for f, t in package.items()})
+    )
+    assert not after("    b: int = 2\n", "    b: int = 7\n") and not after(
+        "    b: int = 2\n", "    b: int = 2\n    c: int = 3\n"
+    )
+    assert (
+        after("a: int = 1", "a: int = 4")
+        and after("return self.a", "return -self.a")
+        and after("@dataclass\n", "@dataclass(frozen=True)\n")
+    )
     assert after("second: int = 1", "second: int = 2")
     reads = template + "\nfrom moe_routing.other import read\nread(Settings())"
-    assert after("    b: int = 2\n", "    b: int = 2\n    c: int = 3\n", reads) and not after("    b: int = 2\n", "    b: int = 7\n", reads) and after("b: int = 2", "b: int = 7", reads + "\nSettings(b=1)")
+    assert (
+        after("    b: int = 2\n", "    b: int = 2\n    c: int = 3\n", reads)
+        and not after("    b: int = 2\n", "    b: int = 7\n", reads)
+        and after("b: int = 2", "b: int = 7", reads + "\nSettings(b=1)")
+    )
 
 
 def test_a_run_keeps_its_folder_when_its_template_gets_a_parameter(lab):
     "With the new parameter at its default it is the same run, and at another value, or where another one has changed, it is not."
     plan = runs.plan_study("demo", root=lab)
     name = next(n for n in plan.runs if n.startswith("0.2"))
-    runs.run_template("demo", {k: v for k, v in plan.runs[name].items() if k != "group"}, plan.folder / name, "demo", "all", lab)
+    runs.run_template(
+        "demo", {k: v for k, v in plan.runs[name].items() if k != "group"}, plan.folder / name, "demo", "all", lab
+    )
     template = lab / "nbs" / "runs" / "demo.ipynb"
     nb = nbformat.read(template, 4)
     nb.cells[0].source = 'alpha = 0.3\nseconds = 0.0\nbeta = 1\nseed = 0\nout = ""'
     nbformat.write(nb, template)
     names = lambda: list(runs.plan_study("demo", root=lab).runs)
-    assert name in names() and [n for n in names() if n.startswith("0.1")] != [n for n in plan.runs if n.startswith("0.1")]
+    assert name in names() and [n for n in names() if n.startswith("0.1")] != [
+        n for n in plan.runs if n.startswith("0.1")
+    ]
     file = lab / "papermill_runs" / "studies" / "demo.yaml"
     text = file.read_text()
     for changed in (text.replace("seconds: 0", "seconds: 0, beta: 2"), text.replace("seconds: 0", "seconds: 0.5")):

@@ -18,16 +18,22 @@ from ..core import in_range
 # %% ../../nbs/34_metrics.cost.ipynb #cb87d712
 def _stacked(module: nn.Module) -> list[torch.Size]:
     "Shapes (E, a, b) of expert matrices that this module owns itself."
-    if isinstance(module, (nn.Conv1d, nn.Linear)): return []
+    if isinstance(module, (nn.Conv1d, nn.Linear)):
+        return []
     return [p.shape for p in module.parameters(recurse=False) if p.ndim == 3]
+
 
 def with_shapes(config_or_model) -> nn.Module:
     "The model, or one built from its configuration on the meta device: shapes without memory."
-    if isinstance(config_or_model, nn.Module): return config_or_model
+    if isinstance(config_or_model, nn.Module):
+        return config_or_model
     from transformers import AutoModelForCausalLM, PretrainedConfig
+
     if not isinstance(config_or_model, PretrainedConfig):
         raise TypeError(f"a transformers model or configuration is needed, got {type(config_or_model).__name__}")
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(config_or_model)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config_or_model)
+
 
 def own_k(config_or_model) -> int:
     "The model's own number of experts per token, from its configuration. Raises ValueError when it does not say."
@@ -35,29 +41,34 @@ def own_k(config_or_model) -> int:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts"):
         k = getattr(config, name, None)
-        if isinstance(k, int) and k > 0: return k
+        if isinstance(k, int) and k > 0:
+            return k
     raise ValueError(f"{type(config).__name__} does not name its experts per token: give native_k or baseline_k")
 
 # %% ../../nbs/34_metrics.cost.ipynb #c0398a6e
 def _score_flops(module: nn.Module, config, context_length: float) -> float:
     "Attention scores and values of one token, for a module that is a softmax attention."
-    if not (hasattr(module, "is_causal") and hasattr(module, "head_dim") or hasattr(module, "qk_head_dim")): return 0.0
+    if not (hasattr(module, "is_causal") and hasattr(module, "head_dim") or hasattr(module, "qk_head_dim")):
+        return 0.0
     qk = getattr(module, "qk_head_dim", None) or module.head_dim
     v = getattr(module, "v_head_dim", None) or qk
     window = getattr(module, "sliding_window", None)
     seen = min(context_length, window) if isinstance(window, int) else context_length
     return 2.0 * (getattr(module, "num_heads", None) or config.num_attention_heads) * (qk + v) * seen
 
+
 def _matrix_flops(module: nn.Module) -> float:
     "Linear maps and convolutions that this module is."
-    if isinstance(module, nn.Linear): return 2.0 * module.in_features * module.out_features
+    if isinstance(module, nn.Linear):
+        return 2.0 * module.in_features * module.out_features
     return 2.0 * module.weight.numel() if isinstance(module, nn.Conv1d) else 0.0
 
 # %% ../../nbs/34_metrics.cost.ipynb #c178b88d
-def flop_breakdown(config_or_model,                   # a transformers causal LM or its configuration
-                   mean_k: float | Sequence[float],   # experts per token, for all MoE layers or one for each
-                   context_length: float,             # positions a token attends to, on average; (S + 1) / 2 in a causal sequence of S
-                  ) -> dict[str, float]:              # router, experts, attention, head, other; FLOPs of one token
+def flop_breakdown(
+    config_or_model,  # a transformers causal LM or its configuration
+    mean_k: float | Sequence[float],  # experts per token, for all MoE layers or one for each
+    context_length: float,  # positions a token attends to, on average; (S + 1) / 2 in a causal sequence of S
+) -> dict[str, float]:  # router, experts, attention, head, other; FLOPs of one token
     "Matrix-product FLOPs of one token in a forward pass, by part."
     model = with_shapes(config_or_model)
     config, head = model.config.get_text_config(), model.get_output_embeddings()
@@ -65,43 +76,54 @@ def flop_breakdown(config_or_model,                   # a transformers causal LM
     body = model.get_decoder() if hasattr(model, "get_decoder") else model
     modules = {name: m for name, m in body.named_modules() if m is not head}
     stacks = {name: shapes for name, m in modules.items() if (shapes := _stacked(m))}
-    if not stacks: raise ValueError(f"{type(model).__name__} holds no stacked experts (E, a, b): "
-                                     "it is not a mixture of experts, or packs them (quantised): give its configuration instead")
+    if not stacks:
+        raise ValueError(
+            f"{type(model).__name__} holds no stacked experts (E, a, b): "
+            "it is not a mixture of experts, or packs them (quantised): give its configuration instead"
+        )
     ks = np.broadcast_to(np.asarray(mean_k, dtype=float), len(stacks)) if np.ndim(mean_k) == 0 else list(mean_k)
-    if len(ks) != len(stacks): raise ValueError(f"mean_k has {len(ks)} values, but the model has {len(stacks)} MoE layers")
+    if len(ks) != len(stacks):
+        raise ValueError(f"mean_k has {len(ks)} values, but the model has {len(stacks)} MoE layers")
     parts = dict.fromkeys(("router", "experts", "attention", "head", "other"), 0.0)
     for k, shapes in zip(ks, stacks.values()):
         parts["experts"] += sum(2 * in_range(float(k), 0, E, "mean_k") * a * b for E, a, b in shapes)
-    blocks = {name.rpartition(".")[0]: shapes[0][0] for name, shapes in stacks.items()}    # MoE block -> E
+    blocks = {name.rpartition(".")[0]: shapes[0][0] for name, shapes in stacks.items()}  # MoE block -> E
     attention = [name for name, m in modules.items() if _score_flops(m, config, 1)]
     for name, m in modules.items():
-        if name in stacks: continue
+        if name in stacks:
+            continue
         E = next((E for block, E in blocks.items() if name.startswith(block + ".")), None)
         gate = E is not None and [p for p in m.parameters(recurse=False) if p.ndim == 2 and p.shape[0] == E]
         inside = any(name == a or name.startswith(a + ".") for a in attention)
         flops = _matrix_flops(m) or (2.0 * gate[0].numel() if gate else 0.0)
-        parts["router" if gate else "attention" if inside else "other"] += flops + _score_flops(m, config, context_length)
+        parts["router" if gate else "attention" if inside else "other"] += flops + _score_flops(
+            m, config, context_length
+        )
     parts["head"] = _matrix_flops(head) if head is not None else 0.0
     return parts
 
+# %% ../../nbs/34_metrics.cost.ipynb #45073d94
 def flops_per_token(config_or_model, mean_k: float | Sequence[float], context_length: float) -> float:
     "Matrix-product FLOPs of one token in a forward pass: the sum of `flop_breakdown`."
     return sum(flop_breakdown(config_or_model, mean_k, context_length).values())
 
 # %% ../../nbs/34_metrics.cost.ipynb #c8d33b50
-def flops_reduction_pct_seed(mean_k: float,         # experts per token
-                             num_experts: int,      # E
-                             baseline_k: float = 8, # experts per token of the baseline
-                            ) -> float:             # percent
+def flops_reduction_pct_seed(
+    mean_k: float,  # experts per token
+    num_experts: int,  # E
+    baseline_k: float = 8,  # experts per token of the baseline
+) -> float:  # percent
     "The seed's estimate of the FLOPs saved: cost(k) = .6 k/E + .4 (seed 002; it understates what experts cost)."
-    cost = lambda k: .6 * in_range(k, 0, num_experts, "experts per token") / num_experts + .4
+    cost = lambda k: 0.6 * in_range(k, 0, num_experts, "experts per token") / num_experts + 0.4
     return 100 * (cost(baseline_k) - cost(mean_k)) / cost(baseline_k)
 
-def flops_reduction_pct(config_or_model,                   # a transformers causal LM or its configuration
-                        mean_k: float | Sequence[float],   # experts per token
-                        context_length: float,             # positions a token attends to, on average
-                        baseline_k: float | None = None,   # default: the model's own
-                       ) -> float:                         # percent of the baseline's FLOPs
+
+def flops_reduction_pct(
+    config_or_model,  # a transformers causal LM or its configuration
+    mean_k: float | Sequence[float],  # experts per token
+    context_length: float,  # positions a token attends to, on average
+    baseline_k: float | None = None,  # default: the model's own
+) -> float:  # percent of the baseline's FLOPs
     "Matrix-product FLOPs saved against the model's own number of experts, from its shapes; negative when more are used."
     model = with_shapes(config_or_model)
     baseline = flops_per_token(model, own_k(model) if baseline_k is None else baseline_k, context_length)
@@ -112,9 +134,11 @@ def expert_activation_ratio(mean_k: float, k_ceiling: int) -> float:
     "Mean experts per token as a share of the ceiling (seed 002)."
     return mean_k / in_range(k_ceiling, 1, float("inf"), "k_ceiling")
 
+
 def tokens_per_second(tokens: int, seconds: float) -> float:
     "Tokens processed in a second."
     return in_range(tokens, 1, float("inf"), "tokens") / in_range(seconds, 0, float("inf"), "seconds", True, True)
+
 
 def latency_ms_per_token(tokens: int, seconds: float) -> float:
     "Milliseconds per token: the inverse of the throughput, not the waiting time of one request."

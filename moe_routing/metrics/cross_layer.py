@@ -13,15 +13,18 @@ from ..core import Routing
 from .decision import mean_count, std_count
 
 # %% ../../nbs/32_metrics.cross_layer.ipynb #cd92ffab
-def product_sums(block: list[Routing],    # L records of the same T tokens
-                ) -> np.ndarray:          # (L-1,) int64: sum over tokens of the counts' product in neighbouring layers
+def product_sums(
+    block: list[Routing],  # L records of the same T tokens
+) -> np.ndarray:  # (L-1,) int64: sum over tokens of the counts' product in neighbouring layers
     "Sums of products of neighbouring layers' counts. Additive over blocks."
     counts = torch.stack([r.counts for r in block])
     return (counts[:-1] * counts[1:]).sum(-1).cpu().numpy()
 
-def layer_correlations(products: np.ndarray,  # (L-1,) from `product_sums`
-                       hist: np.ndarray,      # (L, E+1) histogram of counts
-                      ) -> np.ndarray:        # (L-1,) Pearson's r of neighbouring layers, NaN where undefined
+
+def layer_correlations(
+    products: np.ndarray,  # (L-1,) from `product_sums`
+    hist: np.ndarray,  # (L, E+1) histogram of counts
+) -> np.ndarray:  # (L-1,) Pearson's r of neighbouring layers, NaN where undefined
     "Correlation over tokens of the numbers of experts in neighbouring layers."
     mean, std, tokens = mean_count(hist), std_count(hist), np.asarray(hist).sum(-1)[0]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -29,20 +32,24 @@ def layer_correlations(products: np.ndarray,  # (L-1,) from `product_sums`
     return np.where((std[:-1] == 0) | (std[1:] == 0), np.nan, r.clip(-1, 1))
 
 # %% ../../nbs/32_metrics.cross_layer.ipynb #ccecf622
-def layer_consistency(correlations: np.ndarray,  # (L-1,) from `layer_correlations`
-                     ) -> float:                 # NaN when no pair is defined
+def layer_consistency(
+    correlations: np.ndarray,  # (L-1,) from `layer_correlations`
+) -> float:  # NaN when no pair is defined
     "Mean correlation of neighbouring layers over the pairs where it exists (seed 002 reports 0 where none does)."
     there = correlations[~np.isnan(correlations)]
     return float(there.mean()) if there.size else float("nan")
 
-def consistency_noise(tokens: int,       # T
-                      pairs: int = 1,    # neighbouring pairs of layers
-                     ) -> float:
+
+def consistency_noise(
+    tokens: int,  # T
+    pairs: int = 1,  # neighbouring pairs of layers
+) -> float:
     "Mean absolute consistency that independent counts give: the standard error 1 / sqrt(T pairs), times sqrt(2 / pi)."
-    return float((2 / (np.pi * tokens * pairs)) ** .5)
+    return float((2 / (np.pi * tokens * pairs)) ** 0.5)
 
 # %% ../../nbs/32_metrics.cross_layer.ipynb #c01a8fe5
-def layer_variance(hist: np.ndarray,    # (L, E+1) histogram of counts
-                  ) -> float:           # in experts squared
+def layer_variance(
+    hist: np.ndarray,  # (L, E+1) histogram of counts
+) -> float:  # in experts squared
     "Variance over layers of the mean number of experts (seed 002)."
     return float(mean_count(hist).var())

@@ -14,46 +14,56 @@ import torch
 from ..core import Routing, in_range
 
 # %% ../../nbs/31_metrics.decision.ipynb #c8bc94b2
-def count_sums(block: list[Routing],    # L records of the same T tokens
-              ) -> np.ndarray:          # (L, E+1) int64: tokens that use c experts
+def count_sums(
+    block: list[Routing],  # L records of the same T tokens
+) -> np.ndarray:  # (L, E+1) int64: tokens that use c experts
     "Histogram of the number of experts per token, for each layer. Additive over blocks."
     return torch.stack([torch.bincount(r.counts, minlength=r.num_experts + 1) for r in block]).cpu().numpy()
 
-def histogram(counts,                   # (N,) experts used by each token
-              num_experts: int,         # E
-             ) -> np.ndarray:           # (E+1,)
+
+def histogram(
+    counts,  # (N,) experts used by each token
+    num_experts: int,  # E
+) -> np.ndarray:  # (E+1,)
     "Histogram of given counts, for use with the metrics below."
     counts = np.asarray(counts, dtype=np.int64).ravel()
-    if counts.size: in_range(int(counts.min()), 0, num_experts, "count"), in_range(int(counts.max()), 0, num_experts, "count")
+    if counts.size:
+        in_range(int(counts.min()), 0, num_experts, "count"), in_range(int(counts.max()), 0, num_experts, "count")
     return np.bincount(counts, minlength=num_experts + 1)
 
 # %% ../../nbs/31_metrics.decision.ipynb #c854db23
 def _counts(hist) -> np.ndarray:
     "(..., E+1) float64 histogram, or an error."
     h = np.asarray(hist, dtype=np.float64)
-    if h.ndim == 0 or not (h.sum(-1) > 0).all(): raise ValueError("the histogram of counts is empty: no token was counted")
+    if h.ndim == 0 or not (h.sum(-1) > 0).all():
+        raise ValueError("the histogram of counts is empty: no token was counted")
     return h
 
-def mean_count(hist) -> np.ndarray:      # (..., E+1) -> (...)
+
+def mean_count(hist) -> np.ndarray:  # (..., E+1) -> (...)
     "Effective k: mean number of experts per token."
     h = _counts(hist)
     return (h * np.arange(h.shape[-1])).sum(-1) / h.sum(-1)
 
-def std_count(hist) -> np.ndarray:       # (..., E+1) -> (...)
+
+def std_count(hist) -> np.ndarray:  # (..., E+1) -> (...)
     "Standard deviation of the number of experts over tokens (population)."
     h = _counts(hist)
     deviation = np.arange(h.shape[-1]) - mean_count(h)[..., None]
-    return np.sqrt((h * deviation ** 2).sum(-1) / h.sum(-1))
+    return np.sqrt((h * deviation**2).sum(-1) / h.sum(-1))
+
 
 def extreme_counts(hist) -> tuple[np.ndarray, np.ndarray]:  # (..., E+1) -> smallest, largest
     "Smallest and largest number of experts that a token used."
     seen = _counts(hist) > 0
     return seen.argmax(-1), seen.shape[-1] - 1 - seen[..., ::-1].argmax(-1)
 
+
 def adaptive_range(hist) -> np.ndarray:  # (..., E+1) -> (...)
     "Largest minus smallest number of experts (seed 002)."
     smallest, largest = extreme_counts(hist)
     return largest - smallest
+
 
 def selection_entropy(hist) -> np.ndarray:  # (..., E+1) -> (...)
     "Entropy of the number of experts, in nats (seed 002)."
@@ -65,8 +75,10 @@ def selection_entropy(hist) -> np.ndarray:  # (..., E+1) -> (...)
 def limits(k_floor: int, k_ceiling: int) -> tuple[int, int]:
     "The two limits of an adaptive router, or an error when they contradict each other."
     in_range(k_floor, 0, float("inf"), "k_floor")
-    if k_ceiling < k_floor: raise ValueError(f"k_ceiling = {k_ceiling} is below k_floor = {k_floor}: swap them or raise the ceiling")
+    if k_ceiling < k_floor:
+        raise ValueError(f"k_ceiling = {k_ceiling} is below k_floor = {k_floor}: swap them or raise the ceiling")
     return k_floor, k_ceiling
+
 
 def selection_entropy_normalized(hist, k_floor: int, k_ceiling: int) -> np.ndarray:  # (..., E+1) -> (...)
     "Selection entropy as a share of the largest that the limits allow; 0 when they allow one count only."
@@ -74,7 +86,9 @@ def selection_entropy_normalized(hist, k_floor: int, k_ceiling: int) -> np.ndarr
     return selection_entropy(hist) / np.log(high - low + 1) if high > low else 0 * selection_entropy(hist)
 
 # %% ../../nbs/31_metrics.decision.ipynb #c687c1bd
-def limit_rates(hist, k_floor: int, k_ceiling: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (..., E+1) -> ceiling, floor, between
+def limit_rates(
+    hist, k_floor: int, k_ceiling: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (..., E+1) -> ceiling, floor, between
     "Percent of tokens at or above the ceiling, at or below the floor, and strictly between."
     low, high = limits(k_floor, k_ceiling)
     h = _counts(hist)
@@ -82,43 +96,63 @@ def limit_rates(hist, k_floor: int, k_ceiling: int) -> tuple[np.ndarray, np.ndar
     return tuple((share * where).sum(-1) for where in (c >= high, c <= low, (c > low) & (c < high)))
 
 # %% ../../nbs/31_metrics.decision.ipynb #cff40220
-def weight_sums(block: list[Routing],   # L records of the same T tokens
-               ) -> np.ndarray:         # (L, 2) float64: sum over tokens of the token's weight sum, and of its square
+def weight_sums(
+    block: list[Routing],  # L records of the same T tokens
+) -> np.ndarray:  # (L, 2) float64: sum over tokens of the token's weight sum, and of its square
     "Moments of the weight sum of a token. Additive over blocks."
     sums = [r.weights.detach().double().sum(-1) for r in block]
     return torch.stack([torch.stack([s.sum(), (s * s).sum()]) for s in sums]).cpu().numpy()
 
-def moments(sums: np.ndarray,           # (..., 2) sum and sum of squares
-            n: int,                     # how many were summed
-           ) -> tuple[np.ndarray, np.ndarray]:  # mean, population standard deviation
+
+def moments(
+    sums: np.ndarray,  # (..., 2) sum and sum of squares
+    n: int,  # how many were summed
+) -> tuple[np.ndarray, np.ndarray]:  # mean, population standard deviation
     "Mean and standard deviation from a sum and a sum of squares."
     mean = sums[..., 0] / n
-    return mean, np.sqrt(np.maximum(sums[..., 1] / n - mean ** 2, 0))
+    return mean, np.sqrt(np.maximum(sums[..., 1] / n - mean**2, 0))
 
 # %% ../../nbs/31_metrics.decision.ipynb #c4a376e5
-def confidence_sums(block: list[Routing],   # L records of the same T tokens
-                   ) -> np.ndarray:         # (L, 5) float64 sums: largest share, 1 / count, tokens with experts; entropy / ln(count), tokens with two or more
+def confidence_sums(
+    block: list[Routing],  # L records of the same T tokens
+) -> (
+    np.ndarray
+):  # (L, 5) float64 sums: largest share, 1 / count, tokens with experts; entropy / ln(count), tokens with two or more
     "How far one expert leads among the selected ones. Additive over blocks."
+
     def one(r):
         counts, total = r.counts, r.weights.detach().double().sum(-1, keepdim=True)
         even = r.used / counts.clamp(min=1).unsqueeze(1)
         share = torch.where(total > 0, r.weights.detach().double() / total.where(total > 0, 1), even.double())
         entropy, some, several = -torch.xlogy(share, share).sum(-1), counts > 0, counts > 1
-        return torch.stack([(share.amax(-1) * some).sum() if r.experts.shape[1] else total.sum(), even.amax(-1).double().sum() if r.experts.shape[1] else total.sum(),
-                            some.sum().double(), (entropy / counts.clamp(min=2).log())[several].sum(), several.sum().double()])
+        return torch.stack(
+            [
+                (share.amax(-1) * some).sum() if r.experts.shape[1] else total.sum(),
+                even.amax(-1).double().sum() if r.experts.shape[1] else total.sum(),
+                some.sum().double(),
+                (entropy / counts.clamp(min=2).log())[several].sum(),
+                several.sum().double(),
+            ]
+        )
+
     return torch.stack([one(r) for r in block]).cpu().numpy()
 
-def _per(sums, n): return np.divide(sums, n, out=np.full(np.shape(sums), np.nan), where=np.asarray(n) > 0)
 
-def confidence(sums: np.ndarray) -> np.ndarray:         # (..., 5) from `confidence_sums` -> (...)
+def _per(sums, n):
+    return np.divide(sums, n, out=np.full(np.shape(sums), np.nan), where=np.asarray(n) > 0)
+
+
+def confidence(sums: np.ndarray) -> np.ndarray:  # (..., 5) from `confidence_sums` -> (...)
     "Mean of the largest selected weight as a share of the token's weights; NaN where no token has an expert."
     return _per(sums[..., 0], sums[..., 2])
 
-def confidence_even(sums: np.ndarray) -> np.ndarray:    # (..., 5) -> (...)
+
+def confidence_even(sums: np.ndarray) -> np.ndarray:  # (..., 5) -> (...)
     "The confidence of equal weights, for the same numbers of experts."
     return _per(sums[..., 1], sums[..., 2])
 
-def confidence_seed(sums: np.ndarray) -> np.ndarray:    # (..., 5) -> (...)
+# %% ../../nbs/31_metrics.decision.ipynb #1882bf2c
+def confidence_seed(sums: np.ndarray) -> np.ndarray:  # (..., 5) -> (...)
     "Entropy of the selected weights over ln of their number (seed 001): high where the router is unsure; NaN where no token has two experts."
     return _per(sums[..., 3], sums[..., 4])
 
@@ -126,17 +160,27 @@ def confidence_seed(sums: np.ndarray) -> np.ndarray:    # (..., 5) -> (...)
 def has_logits(block: list[Routing]) -> bool:
     "Are the logits of this block known? A trace without logits hands out NaN; logits that are partly NaN or infinite are an error."
     finite = [bool(r.logits.isfinite().all()) for r in block]
-    if all(finite): return True
+    if all(finite):
+        return True
     if any(finite) or not all(bool(r.logits.isnan().all()) for r in block):
-        raise ValueError(f"the logits of layer {finite.index(False)} are partly NaN or infinite: the trace is damaged or the model overflowed")
+        raise ValueError(
+            f"the logits of layer {finite.index(False)} are partly NaN or infinite: the trace is damaged or the model overflowed"
+        )
     return False
 
-def gate_sums(block: list[Routing],     # L records of the same T tokens
-             ) -> np.ndarray | None:    # (L, 3) float64 sums over tokens: entropy in nats, largest probability, mass of the used experts
+
+def gate_sums(
+    block: list[Routing],  # L records of the same T tokens
+) -> (
+    np.ndarray | None
+):  # (L, 3) float64 sums over tokens: entropy in nats, largest probability, mass of the used experts
     "How sure the gate was; None where the logits are unknown. Additive over blocks."
-    if not has_logits(block): return None
+    if not has_logits(block):
+        return None
+
     def one(r):
         log_p = r.logits.detach().log_softmax(-1)
         p = log_p.exp()
         return torch.stack([-(p * log_p).sum(-1), p.amax(-1), (p * r.mask).sum(-1)]).double().sum(-1)
+
     return torch.stack([one(r) for r in block]).cpu().numpy()

@@ -16,26 +16,39 @@ from torch import Tensor
 from ..core import Routing, in_range, known
 
 # %% ../../nbs/30_metrics.load.ipynb #ca1d8758
-def blocks(source: Routing | list[Routing] | Iterable[list[Routing]],  # one layer, one block, or an iterable of blocks
-          ) -> Iterator[list[Routing]]:                                # blocks of L records each
+def blocks(
+    source: Routing | list[Routing] | Iterable[list[Routing]],  # one layer, one block, or an iterable of blocks
+) -> Iterator[list[Routing]]:  # blocks of L records each
     "The blocks of a source, each checked: records of one number of tokens, L and E as in the first."
-    if isinstance(source, Routing): source = [[source]]
-    elif isinstance(source, (list, tuple)) and source and isinstance(source[0], Routing): source = [source]
+    if isinstance(source, Routing):
+        source = [[source]]
+    elif isinstance(source, (list, tuple)) and source and isinstance(source[0], Routing):
+        source = [source]
     shape = None
     for i, block in enumerate(source):
         block = list(block) if isinstance(block, (list, tuple)) else block
         if not isinstance(block, list) or not block or not all(isinstance(r, Routing) for r in block):
-            raise TypeError(f"block {i} is {type(block).__name__}, not a list of Routing records: give one record for each MoE layer")
+            raise TypeError(
+                f"block {i} is {type(block).__name__}, not a list of Routing records: give one record for each MoE layer"
+            )
         lengths, found = {len(r.experts) for r in block}, (len(block), block[0].num_experts)
-        if len(lengths) > 1: raise ValueError(f"block {i}: its layers hold {sorted(lengths)} tokens; all layers of a block must hold the same tokens")
-        if {r.num_experts for r in block} != {found[1]}: raise ValueError(f"block {i}: its layers have different numbers of experts")
+        if len(lengths) > 1:
+            raise ValueError(
+                f"block {i}: its layers hold {sorted(lengths)} tokens; all layers of a block must hold the same tokens"
+            )
+        if {r.num_experts for r in block} != {found[1]}:
+            raise ValueError(f"block {i}: its layers have different numbers of experts")
         shape = shape or found
-        if found != shape: raise ValueError(f"block {i} has {found[0]} layers of {found[1]} experts, block 0 has {shape[0]} of {shape[1]}: one source, one model")
+        if found != shape:
+            raise ValueError(
+                f"block {i} has {found[0]} layers of {found[1]} experts, block 0 has {shape[0]} of {shape[1]}: one source, one model"
+            )
         yield block
 
 # %% ../../nbs/30_metrics.load.ipynb #c9142518
-def load_sums(block: list[Routing],     # L records of the same T tokens
-             ) -> np.ndarray:           # (L, E) int64
+def load_sums(
+    block: list[Routing],  # L records of the same T tokens
+) -> np.ndarray:  # (L, E) int64
     "Tokens processed by each expert, for each layer. Additive over blocks."
     return torch.stack([r.load for r in block]).cpu().numpy()
 
@@ -43,35 +56,44 @@ def load_sums(block: list[Routing],     # L records of the same T tokens
 def _loads(load) -> np.ndarray:
     "(..., E) float64, or an error that names what is wrong."
     x = np.asarray(load.detach().cpu() if isinstance(load, Tensor) else load, dtype=np.float64)
-    if x.ndim == 0 or x.shape[-1] == 0: raise ValueError(f"load must be (..., E) with E at least 1, got shape {x.shape}")
-    if not np.isfinite(x).all() or (x < 0).any(): raise ValueError("load holds a negative number, NaN or infinity")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"load must be (..., E) with E at least 1, got shape {x.shape}")
+    if not np.isfinite(x).all() or (x < 0).any():
+        raise ValueError("load holds a negative number, NaN or infinity")
     return x
 
-def _over(x, y): return np.divide(x, y, out=np.full(np.broadcast(x, y).shape, np.nan), where=np.asarray(y) != 0)
 
-def cv(load) -> np.ndarray:                # (..., E) -> (...)
+def _over(x, y):
+    return np.divide(x, y, out=np.full(np.broadcast(x, y).shape, np.nan), where=np.asarray(y) != 0)
+
+
+def cv(load) -> np.ndarray:  # (..., E) -> (...)
     "Coefficient of variation of the load, population standard deviation; NaN without any load."
     x = _loads(load)
     return _over(x.std(-1), x.mean(-1))
 
-def cv_sample(load) -> np.ndarray:         # (..., E) -> (...)
+
+def cv_sample(load) -> np.ndarray:  # (..., E) -> (...)
     "Coefficient of variation with the sample standard deviation."
     x = _loads(load)
-    if x.shape[-1] < 2: raise ValueError("a sample standard deviation needs at least 2 experts")
+    if x.shape[-1] < 2:
+        raise ValueError("a sample standard deviation needs at least 2 experts")
     return _over(x.std(-1, ddof=1), x.mean(-1))
 
-def max_violation(load) -> np.ndarray:     # (..., E) -> (...)
+
+def max_violation(load) -> np.ndarray:  # (..., E) -> (...)
     "MaxVio: how far the busiest expert is above the mean, as a share of the mean (Wang et al. 2024)."
     x = _loads(load)
     return _over(x.max(-1), x.mean(-1)) - 1
 
 # %% ../../nbs/30_metrics.load.ipynb #cfb7f3e6
-def gini(load) -> np.ndarray:              # (..., E) -> (...)
+def gini(load) -> np.ndarray:  # (..., E) -> (...)
     "Gini coefficient of the load; 0 without any load, as in the seed."
     x = np.sort(_loads(load), -1)
     E, total = x.shape[-1], x.sum(-1)
     value = _over(2 * (x * np.arange(1, E + 1)).sum(-1), E * total) - (E + 1) / E
     return np.where(total == 0, 0.0, value)
+
 
 def normalised_entropy(load) -> np.ndarray:  # (..., E) -> (...)
     "Entropy of the load shares, divided by that of even load; NaN without any load."
@@ -80,28 +102,32 @@ def normalised_entropy(load) -> np.ndarray:  # (..., E) -> (...)
     entropy = -(q * np.log(np.where(q == 0, 1, q))).sum(-1)
     return entropy / np.log(x.shape[-1]) if x.shape[-1] > 1 else entropy + 1
 
-def unused_experts(load) -> np.ndarray:    # (..., E) -> (...)
+
+def unused_experts(load) -> np.ndarray:  # (..., E) -> (...)
     "Number of experts without a token."
     return (_loads(load) == 0).sum(-1)
 
-def utilization(load) -> np.ndarray:       # (..., E) -> (...)
+
+def utilization(load) -> np.ndarray:  # (..., E) -> (...)
     "Share of experts with at least one token."
     return (_loads(load) > 0).mean(-1)
 
-def unused_rate(load) -> np.ndarray:       # (..., E) -> (...)
+
+def unused_rate(load) -> np.ndarray:  # (..., E) -> (...)
     "Share of experts without a token (seed 001)."
     return 1 - utilization(load)
 
 # %% ../../nbs/30_metrics.load.ipynb #ca1997a3
-def random_loads(counts: np.ndarray,           # (E+1,) number of tokens that use 0, 1, .. E experts
-                 draws: int = 100,             # simulated routers
-                 generator: np.random.Generator | None = None,  # default: seeded with 0
-                ) -> np.ndarray:               # (draws, E) int64
+def random_loads(
+    counts: np.ndarray,  # (E+1,) number of tokens that use 0, 1, .. E experts
+    draws: int = 100,  # simulated routers
+    generator: np.random.Generator | None = None,  # default: seeded with 0
+) -> np.ndarray:  # (draws, E) int64
     "Loads when every token draws its experts uniformly, without replacement, and keeps how many it uses."
     counts, E = np.asarray(counts, dtype=np.int64), len(counts) - 1
     generator = np.random.default_rng(0) if generator is None else generator
     K = int(counts.nonzero()[0].max(initial=0))
-    waiting, load = np.tile(counts[:K + 1], (draws, 1)), np.zeros((draws, E), np.int64)
+    waiting, load = np.tile(counts[: K + 1], (draws, 1)), np.zeros((draws, E), np.int64)
     for e in range(E):
         taken = generator.binomial(waiting, np.minimum(np.arange(K + 1) / (E - e), 1))
         load[:, e] = taken.sum(1)
@@ -110,29 +136,40 @@ def random_loads(counts: np.ndarray,           # (E+1,) number of tokens that us
     return load
 
 # %% ../../nbs/30_metrics.load.ipynb #c4e75f1e
-LOAD_METRICS: dict[str, Callable] = {"load_cv": cv, "load_cv_sample": cv_sample, "max_violation": max_violation, "load_gini": gini,
-                                     "load_entropy": normalised_entropy, "unused_experts": unused_experts, "expert_utilization": utilization,
-                                     "unused_expert_rate": unused_rate}
+LOAD_METRICS: dict[str, Callable] = {
+    "load_cv": cv,
+    "load_cv_sample": cv_sample,
+    "max_violation": max_violation,
+    "load_gini": gini,
+    "load_entropy": normalised_entropy,
+    "unused_experts": unused_experts,
+    "expert_utilization": utilization,
+    "unused_expert_rate": unused_rate,
+}
 
-def counts_of(tokens: int,                 # T
-              num_experts: int,            # E
-              mean_k: float,               # experts per token; between whole numbers, tokens use the two neighbours
-             ) -> np.ndarray:              # (E+1,)
+
+def counts_of(
+    tokens: int,  # T
+    num_experts: int,  # E
+    mean_k: float,  # experts per token; between whole numbers, tokens use the two neighbours
+) -> np.ndarray:  # (E+1,)
     "How many tokens use 0..E experts, when only the mean is known."
     in_range(tokens, 1, float("inf"), "tokens"), in_range(mean_k, 0, num_experts, "mean_k")
     low = min(int(mean_k), num_experts - 1)
     more = round(tokens * (mean_k - low))
     return np.bincount([low, low + 1], [tokens - more, more], num_experts + 1).astype(np.int64)
 
-def noise_floor(metric: str,                     # a name of LOAD_METRICS
-                tokens: int,                     # T
-                num_experts: int,                # E
-                mean_k: float,                   # mean experts per token
-                counts: np.ndarray | None = None,# (E+1,) the exact counts, in place of tokens and mean_k
-                quantile: float | None = None,   # None: the mean over simulations; .95: what noise exceeds one time in twenty
-                draws: int = 100,
-                generator: np.random.Generator | None = None,
-               ) -> float:
+
+def noise_floor(
+    metric: str,  # a name of LOAD_METRICS
+    tokens: int,  # T
+    num_experts: int,  # E
+    mean_k: float,  # mean experts per token
+    counts: np.ndarray | None = None,  # (E+1,) the exact counts, in place of tokens and mean_k
+    quantile: float | None = None,  # None: the mean over simulations; .95: what noise exceeds one time in twenty
+    draws: int = 100,
+    generator: np.random.Generator | None = None,
+) -> float:
     "What a load metric reads when experts are drawn at random: no router can be shown to be more even than this."
     f = LOAD_METRICS[known(metric, LOAD_METRICS, "load metric")]
     values = f(random_loads(counts_of(tokens, num_experts, mean_k) if counts is None else counts, draws, generator))

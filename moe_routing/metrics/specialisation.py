@@ -19,18 +19,24 @@ from ..core import Routing, in_range
 @dataclass
 class TokenSets:
     "Which token ids selected which expert, in L layers, and how often each id occurred; sets of further blocks are added with +."
-    num_experts: int               # E
-    codes: list[np.ndarray]        # L sorted int64 arrays: token_id * E + expert
-    ids: np.ndarray                # (N,) sorted token ids
-    occurrences: np.ndarray        # (N,) int64
+
+    num_experts: int  # E
+    codes: list[np.ndarray]  # L sorted int64 arrays: token_id * E + expert
+    ids: np.ndarray  # (N,) sorted token ids
+    occurrences: np.ndarray  # (N,) int64
 
     def __add__(self, other: "TokenSets") -> "TokenSets":
-        if isinstance(other, int): return self                       # the 0 that a sum starts with
+        if isinstance(other, int):
+            return self  # the 0 that a sum starts with
         ids, place = np.unique(np.concatenate([self.ids, other.ids]), return_inverse=True)
-        occurrences = np.bincount(place, np.concatenate([self.occurrences, other.occurrences]), len(ids)).astype(np.int64)
-        return TokenSets(self.num_experts, [np.union1d(a, b) for a, b in zip(self.codes, other.codes)], ids, occurrences)
+        occurrences = np.bincount(place, np.concatenate([self.occurrences, other.occurrences]), len(ids)).astype(
+            np.int64
+        )
+        return TokenSets(
+            self.num_experts, [np.union1d(a, b) for a, b in zip(self.codes, other.codes)], ids, occurrences
+        )
 
-    def overlaps(self, layer: int) -> np.ndarray:   # (E, E) Jaccard overlap of the sets; NaN where both are empty
+    def overlaps(self, layer: int) -> np.ndarray:  # (E, E) Jaccard overlap of the sets; NaN where both are empty
         "Overlap of every pair of experts in a layer."
         used = np.zeros((self.num_experts, len(self.ids)), dtype=np.float32)
         ids, expert = np.divmod(self.codes[layer], self.num_experts)
@@ -40,18 +46,25 @@ class TokenSets:
         return np.divide(both, either, out=np.full_like(both, np.nan), where=either > 0)
 
 # %% ../../nbs/35_metrics.specialisation.ipynb #c2e712fe
-def token_sets(block: list[Routing],      # L records of the same T tokens
-               token_id: Tensor | None,   # (T,)
-              ) -> TokenSets | None:      # None where the ids are unknown
+def token_sets(
+    block: list[Routing],  # L records of the same T tokens
+    token_id: Tensor | None,  # (T,)
+) -> TokenSets | None:  # None where the ids are unknown
     "The token ids that selected each expert. Additive over blocks."
-    if token_id is None: return None
+    if token_id is None:
+        return None
     E, ids = block[0].num_experts, token_id.long()
     codes = [(ids.to(r.experts.device).unsqueeze(1) * E + r.experts)[r.used].unique().cpu().numpy() for r in block]
     return TokenSets(E, codes, *(x.cpu().numpy() for x in ids.unique(return_counts=True)))
 
-def _pairs(matrix: np.ndarray) -> np.ndarray: return matrix[np.triu_indices(len(matrix), 1)]
 
-def expert_overlap(sets: TokenSets, layer: int) -> tuple[float, float]:  # `expert_overlap`, `expert_overlap_seed`; NaN where there is no pair
+def _pairs(matrix: np.ndarray) -> np.ndarray:
+    return matrix[np.triu_indices(len(matrix), 1)]
+
+
+def expert_overlap(
+    sets: TokenSets, layer: int
+) -> tuple[float, float]:  # `expert_overlap`, `expert_overlap_seed`; NaN where there is no pair
     "Mean overlap over pairs of used experts, and over all pairs as the seed counts them."
     J = sets.overlaps(layer)
     used = ~np.isnan(np.diag(J))
@@ -59,10 +72,11 @@ def expert_overlap(sets: TokenSets, layer: int) -> tuple[float, float]:  # `expe
     return tuple(float(x.mean()) if x.size else float("nan") for x in (ours, all_))
 
 # %% ../../nbs/35_metrics.specialisation.ipynb #c650505c
-def random_expert_overlap(load: np.ndarray,          # (E,) tokens of each expert
-                          hist: np.ndarray,          # (E+1,) tokens that use c experts
-                          occurrences: np.ndarray,   # (N,) how often each token id occurred
-                         ) -> tuple[float, float]:   # as `expert_overlap`
+def random_expert_overlap(
+    load: np.ndarray,  # (E,) tokens of each expert
+    hist: np.ndarray,  # (E+1,) tokens that use c experts
+    occurrences: np.ndarray,  # (N,) how often each token id occurred
+) -> tuple[float, float]:  # as `expert_overlap`
     "Expected expert overlap of random draws with the same loads, numbers of experts and token ids."
     p, c = np.asarray(load, float) / np.sum(hist), np.arange(len(hist))
     both, wanted = p[:, None] * p, (c * (c - 1) * hist).sum() / np.sum(hist)
@@ -70,7 +84,7 @@ def random_expert_overlap(load: np.ndarray,          # (E,) tokens of each exper
     i, j = np.triu_indices(len(p), 1)
     pair = np.minimum(both[i, j] * (wanted / total if total else 0), np.minimum(p[i], p[j]))
     times, ids = np.unique(occurrences, return_counts=True)
-    missed = lambda q: np.power(np.clip(1 - q, 0, 1)[:, None], times) @ ids                  # expected number of ids that never come
+    missed = lambda q: np.power(np.clip(1 - q, 0, 1)[:, None], times) @ ids  # expected number of ids that never come
     N, alone, neither = ids.sum(), missed(p), missed(p[i] + p[j] - pair)
     shared, either = N - alone[i] - alone[j] + neither, N - neither
     J = np.divide(shared, either, out=np.ones_like(either), where=either > 1e-12)
@@ -78,38 +92,57 @@ def random_expert_overlap(load: np.ndarray,          # (E,) tokens of each exper
     return tuple(float(x.mean()) if x.size else float("nan") for x in (J[used], J))
 
 # %% ../../nbs/35_metrics.specialisation.ipynb #c7e18dfb
-SIMILARITY = ("gram_orthogonality", "similarity_abs", "similarity_mean", "similarity_max", "similarity_std")   # of the expert representations
+SIMILARITY = (
+    "gram_orthogonality",
+    "similarity_abs",
+    "similarity_mean",
+    "similarity_max",
+    "similarity_std",
+)  # of the expert representations
+
 
 def _statistics(cosines: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
     "SIMILARITY from (..., P) cosines of the pairs and (..., E) of each expert with itself; -> (..., 5)."
     E = diagonal.shape[-1]
-    gram = 1 - np.sqrt(2 * (cosines ** 2).sum(-1) + ((diagonal - 1) ** 2).sum(-1)) / (E * 2 ** .5)
+    gram = 1 - np.sqrt(2 * (cosines**2).sum(-1) + ((diagonal - 1) ** 2).sum(-1)) / (E * 2**0.5)
     return np.stack([gram, np.abs(cosines).mean(-1), cosines.mean(-1), cosines.max(-1), cosines.std(-1)], -1)
 
-def similarity_statistics(representation: Tensor,   # (E, R); an expert that is all zero has cosine 0 with everything
-                         ) -> np.ndarray | None:    # (5,) in the order of SIMILARITY; None for a single expert
+
+def similarity_statistics(
+    representation: Tensor,  # (E, R); an expert that is all zero has cosine 0 with everything
+) -> np.ndarray | None:  # (5,) in the order of SIMILARITY; None for a single expert
     "How far the experts' representations point apart. Raises ValueError for another shape, NaN or infinity."
-    if representation.ndim != 2: raise ValueError(f"a representation must be (E, R), got shape {tuple(representation.shape)}: average over tokens first")
-    if not representation.isfinite().all(): raise ValueError("the expert representations are NaN or infinite")
+    if representation.ndim != 2:
+        raise ValueError(
+            f"a representation must be (E, R), got shape {tuple(representation.shape)}: average over tokens first"
+        )
+    if not representation.isfinite().all():
+        raise ValueError("the expert representations are NaN or infinite")
     g = torch.nn.functional.normalize(representation.detach().double(), dim=-1).cpu().numpy()
     return None if len(g) < 2 else _statistics(_pairs(G := g @ g.T), np.diag(G))
 
 # %% ../../nbs/35_metrics.specialisation.ipynb #c0758ebb
-def random_cosines(num_experts: int,       # E
-                   width: int,             # R
-                   draws: int,             # simulated sets of E vectors
-                   generator: np.random.Generator,
-                  ) -> np.ndarray:         # (draws, E (E - 1) / 2)
+def random_cosines(
+    num_experts: int,  # E
+    width: int,  # R
+    draws: int,  # simulated sets of E vectors
+    generator: np.random.Generator,
+) -> np.ndarray:  # (draws, E (E - 1) / 2)
     "Cosines of random unit vectors; those of different pairs are uncorrelated in value and square, so they are drawn one by one."
     z = generator.standard_normal((draws, num_experts * (num_experts - 1) // 2))
-    return np.sign(z) if width == 1 else z / np.sqrt(z ** 2 + generator.chisquare(width - 1, z.shape))
+    return np.sign(z) if width == 1 else z / np.sqrt(z**2 + generator.chisquare(width - 1, z.shape))
 
-def random_similarity(num_experts: int,    # E, at least 2
-                      width: int,          # R
-                     ) -> np.ndarray:      # (5,) in the order of SIMILARITY
+
+def random_similarity(
+    num_experts: int,  # E, at least 2
+    width: int,  # R
+) -> np.ndarray:  # (5,) in the order of SIMILARITY
     "What random unit vectors read."
-    in_range(num_experts, 2, float("inf"), "num_experts"), in_range(width, 1, float("inf"), "width of the representation")
+    (
+        in_range(num_experts, 2, float("inf"), "num_experts"),
+        in_range(width, 1, float("inf"), "width of the representation"),
+    )
     pairs = num_experts * (num_experts - 1) // 2
-    draws = int(np.clip(2 ** 18 // pairs, 8, 4096))
+    draws = int(np.clip(2**18 // pairs, 8, 4096))
     cosines = random_cosines(num_experts, width, draws, np.random.default_rng(0))
     return _statistics(cosines, np.ones((draws, num_experts))).mean(0)

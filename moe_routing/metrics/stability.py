@@ -18,92 +18,124 @@ from ..core import Context, Routing, in_range
 from .decision import has_logits
 
 # %% ../../nbs/33_metrics.stability.ipynb #ca059e91
-def jaccard(a: Tensor,          # (T, E) bool: the experts of each token, for example `Routing.mask`
-            b: Tensor,          # (T, E) bool
-           ) -> Tensor:         # (T,) float64
+def jaccard(
+    a: Tensor,  # (T, E) bool: the experts of each token, for example `Routing.mask`
+    b: Tensor,  # (T, E) bool
+) -> Tensor:  # (T,) float64
     "Overlap of two sets of experts for each token."
     both, size = (a & b).sum(-1), a.sum(-1) + b.sum(-1)
     return torch.where(size > 0, both / (size - both).clamp(min=1), 1.0).double()
 
 # %% ../../nbs/33_metrics.stability.ipynb #c8436bce
-def overlap_sums(block: list[Routing],    # L records of the same T tokens
-                 other: list[Routing],    # the same tokens, routed another time
-                ) -> np.ndarray:          # (L,) float64: Jaccard overlap, summed over tokens
+def overlap_sums(
+    block: list[Routing],  # L records of the same T tokens
+    other: list[Routing],  # the same tokens, routed another time
+) -> np.ndarray:  # (L,) float64: Jaccard overlap, summed over tokens
     "Overlap with a second routing of the same tokens. Additive over blocks."
     shape, found = ([(len(r.experts), r.num_experts) for r in b] for b in (block, other))
     if shape != found:
-        raise ValueError(f"the second run does not match the first: (tokens, experts) of the layers are {found} and {shape}; run the same model on the same tokens in the same blocks")
+        raise ValueError(
+            f"the second run does not match the first: (tokens, experts) of the layers are {found} and {shape}; run the same model on the same tokens in the same blocks"
+        )
     return torch.stack([jaccard(r.mask, o.mask).sum() for r, o in zip(block, other)]).cpu().numpy()
 
-def own_overlap_sums(block: list[Routing],  # L records of the same T tokens
-                     k: int,                # the model's own number of experts
-                    ) -> np.ndarray | None: # (L,) float64; None where the logits are unknown
+
+def own_overlap_sums(
+    block: list[Routing],  # L records of the same T tokens
+    k: int,  # the model's own number of experts
+) -> np.ndarray | None:  # (L,) float64; None where the logits are unknown
     "Overlap with the top-k of the gate's logits, summed over tokens. Additive over blocks."
     in_range(k, 1, block[0].num_experts, "native_k")
-    if not has_logits(block): return None
+    if not has_logits(block):
+        return None
     own = [torch.zeros_like(r.logits, dtype=torch.bool).scatter(1, r.logits.topk(k).indices, True) for r in block]
     return torch.stack([jaccard(r.mask, m).sum() for r, m in zip(block, own)]).cpu().numpy()
 
 # %% ../../nbs/33_metrics.stability.ipynb #c0ab1686
-def random_jaccard(a: int,             # experts in the first set
-                   b: int,             # experts in the second
-                   num_experts: int,   # E
-                  ) -> float:
+def random_jaccard(
+    a: int,  # experts in the first set
+    b: int,  # experts in the second
+    num_experts: int,  # E
+) -> float:
     "Expected Jaccard overlap of two random sets of experts."
     in_range(a, 0, num_experts, "a"), in_range(b, 0, num_experts, "b")
-    if a + b == 0: return 1.0
-    ways = [comb(a, i) * comb(num_experts - a, b - i) for i in range(min(a, b) + 1)]     # i experts shared
+    if a + b == 0:
+        return 1.0
+    ways = [comb(a, i) * comb(num_experts - a, b - i) for i in range(min(a, b) + 1)]  # i experts shared
     return sum(w * i / (a + b - i) for i, w in enumerate(ways)) / comb(num_experts, b)
 
-def overlap_noise(hist: np.ndarray,    # (E+1,) tokens that use c experts
-                  k: int,              # experts in the sets compared with
-                 ) -> float:
+
+def overlap_noise(
+    hist: np.ndarray,  # (E+1,) tokens that use c experts
+    k: int,  # experts in the sets compared with
+) -> float:
     "Expected overlap with a random set of k experts, for the given numbers of experts per token."
     E, hist = len(hist) - 1, np.asarray(hist, dtype=float)
     used = hist.nonzero()[0]
     return float(sum(hist[c] * random_jaccard(int(c), k, E) for c in used) / hist.sum())
 
 # %% ../../nbs/33_metrics.stability.ipynb #c0c66534
-def circle(tokens: int,            # T
-           device="cpu",
-          ) -> tuple[Tensor, Tensor]:   # two (T,) index tensors: random pairs of different tokens; empty for less than two tokens
+def circle(
+    tokens: int,  # T
+    device="cpu",
+) -> tuple[Tensor, Tensor]:  # two (T,) index tensors: random pairs of different tokens; empty for less than two tokens
     "Random pairs in which every token is first once and second once; drawn from T alone, so that the same block gives the same pairs."
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens)).to(device)
     return (order, order.roll(-1)) if tokens > 1 else (order[:0], order[:0])
 
-def random_overlap_sums(block: list[Routing],   # L records of the same T tokens
-                        other: list[Routing],   # the same tokens, routed another time; the block itself for pairs within it
-                       ) -> np.ndarray:         # (L, 2) float64: Jaccard overlap of random pairs of different tokens, and how many pairs
+
+def random_overlap_sums(
+    block: list[Routing],  # L records of the same T tokens
+    other: list[Routing],  # the same tokens, routed another time; the block itself for pairs within it
+) -> np.ndarray:  # (L, 2) float64: Jaccard overlap of random pairs of different tokens, and how many pairs
     "What the loads alone make two routings agree. Additive over blocks."
+
     def one(r, o):
         first, second = circle(len(r.experts), r.experts.device)
-        return torch.stack([jaccard(r.mask[first], o.mask[second]).sum(), torch.tensor(len(first), dtype=torch.float64, device=first.device)])
+        return torch.stack(
+            [
+                jaccard(r.mask[first], o.mask[second]).sum(),
+                torch.tensor(len(first), dtype=torch.float64, device=first.device),
+            ]
+        )
+
     return torch.stack([one(r, o) for r, o in zip(block, other)]).cpu().numpy()
 
 # %% ../../nbs/33_metrics.stability.ipynb #c35e5f80
-def neighbours(context: Context) -> Tensor | None:   # (T-1,) bool: row i and row i + 1 are consecutive valid tokens of one sequence; None where unknown
+def neighbours(
+    context: Context,
+) -> Tensor | None:  # (T-1,) bool: row i and row i + 1 are consecutive valid tokens of one sequence; None where unknown
     "Which rows follow each other inside a sequence."
-    if context.sequence is None or context.position is None: return None
+    if context.sequence is None or context.position is None:
+        return None
     next_to = (context.sequence[1:] == context.sequence[:-1]) & (context.position[1:] == context.position[:-1] + 1)
     return next_to if context.valid is None else next_to & context.valid[1:] & context.valid[:-1]
 
-def sequential_sums(block: list[Routing],   # L records of the same T tokens
-                    context: Context,       # where their rows come from
-                   ) -> np.ndarray | None:  # (L, 2) float64: Jaccard overlap of neighbours, and how many pairs; None where the order is unknown
+
+def sequential_sums(
+    block: list[Routing],  # L records of the same T tokens
+    context: Context,  # where their rows come from
+) -> (
+    np.ndarray | None
+):  # (L, 2) float64: Jaccard overlap of neighbours, and how many pairs; None where the order is unknown
     "Overlap of the experts of consecutive tokens. Additive over blocks."
     pairs = neighbours(context)
-    if pairs is None: return None
+    if pairs is None:
+        return None
     first = pairs.nonzero().squeeze(1).to(block[0].experts.device)
     one = lambda mask: jaccard(mask[first], mask[first + 1]).sum()
     return np.stack([[float(one(r.mask)), len(first)] for r in block])
 
 # %% ../../nbs/33_metrics.stability.ipynb #c2873054
-def output_determinism(first: Sequence[Sequence[int]],   # token ids of each output of one run
-                       second: Sequence[Sequence[int]],  # of a real second run, same prompts
-                      ) -> float:                        # percent
+def output_determinism(
+    first: Sequence[Sequence[int]],  # token ids of each output of one run
+    second: Sequence[Sequence[int]],  # of a real second run, same prompts
+) -> float:  # percent
     "Percent of equal token ids over two runs (seed 002)."
     first, second = [list(map(int, x)) for x in first], [list(map(int, x)) for x in second]
-    if len(first) != len(second): raise ValueError(f"two runs with {len(first)} and {len(second)} outputs: give the same prompts")
+    if len(first) != len(second):
+        raise ValueError(f"two runs with {len(first)} and {len(second)} outputs: give the same prompts")
     longest = sum(max(len(x), len(y)) for x, y in zip(first, second))
-    if not longest: raise ValueError("there is no output to compare: generate at least one token")
+    if not longest:
+        raise ValueError("there is no output to compare: generate at least one token")
     return 100 * sum(a == b for x, y in zip(first, second) for a, b in zip(x, y)) / longest

@@ -17,15 +17,71 @@ import numpy as np
 import torch
 
 from ..core import Context, in_range, known
-from .cost import (expert_activation_ratio, flops_per_token, flops_reduction_pct_seed, latency_ms_per_token, own_k,
-                                      tokens_per_second, with_shapes)
-from .cross_layer import consistency_noise, layer_consistency, layer_correlations, layer_variance, product_sums
-from .decision import (adaptive_range, confidence, confidence_even, confidence_seed, confidence_sums, count_sums, extreme_counts, gate_sums, limit_rates, limits, mean_count, moments,
-                                          selection_entropy, selection_entropy_normalized, std_count, weight_sums)
-from .load import LOAD_METRICS, blocks, cv, gini, load_sums, max_violation, noise_floor, random_loads, utilization
-from .specialisation import SIMILARITY, expert_overlap, random_expert_overlap, random_similarity, similarity_statistics, token_sets
-from .stability import (output_determinism, overlap_noise, overlap_sums, own_overlap_sums, random_jaccard, random_overlap_sums,
-                                           sequential_sums)
+from moe_routing.metrics.cost import (
+    expert_activation_ratio,
+    flops_per_token,
+    flops_reduction_pct_seed,
+    latency_ms_per_token,
+    own_k,
+    tokens_per_second,
+    with_shapes,
+)
+from moe_routing.metrics.cross_layer import (
+    consistency_noise,
+    layer_consistency,
+    layer_correlations,
+    layer_variance,
+    product_sums,
+)
+
+# %% ../../nbs/39_metrics.table.ipynb #862c965e
+from moe_routing.metrics.decision import (
+    adaptive_range,
+    confidence,
+    confidence_even,
+    confidence_seed,
+    confidence_sums,
+    count_sums,
+    extreme_counts,
+    gate_sums,
+    limit_rates,
+    limits,
+    mean_count,
+    moments,
+    selection_entropy,
+    selection_entropy_normalized,
+    std_count,
+    weight_sums,
+)
+from moe_routing.metrics.load import (
+    LOAD_METRICS,
+    blocks,
+    cv,
+    gini,
+    load_sums,
+    max_violation,
+    noise_floor,
+    random_loads,
+    utilization,
+)
+from moe_routing.metrics.specialisation import (
+    expert_overlap,
+    random_expert_overlap,
+    random_similarity,
+    similarity_statistics,
+    token_sets,
+)
+
+# %% ../../nbs/39_metrics.table.ipynb #4c0e099f
+from moe_routing.metrics.stability import (
+    output_determinism,
+    overlap_noise,
+    overlap_sums,
+    own_overlap_sums,
+    random_jaccard,
+    random_overlap_sums,
+    sequential_sums,
+)
 
 # %% ../../nbs/39_metrics.table.ipynb #c6886490
 def _rows_of(values, block: list, name: str):
@@ -34,164 +90,272 @@ def _rows_of(values, block: list, name: str):
         raise ValueError(f"the context's {name} has {len(values)} rows, the block has {len(block[0].experts)} tokens")
     return values
 
+
 def _representations(block: list, given):
     "L tensors (E, R), or None: as given, or as every record of the block tells."
     found = [r.extras.get("representation") for r in block] if given is None else list(given)
-    if any(g is None for g in found): return None
+    if any(g is None for g in found):
+        return None
     shapes, E = {tuple(g.shape) for g in found}, block[0].num_experts
     if len(found) != len(block) or len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != E:
-        raise ValueError(f"representations must be one (E, R) with E = {E} for each of the {len(block)} layers, got {[tuple(g.shape) for g in found][:4]}")
+        raise ValueError(
+            f"representations must be one (E, R) with E = {E} for each of the {len(block)} layers, got {[tuple(g.shape) for g in found][:4]}"
+        )
     return found
+
 
 def _asked(block: list) -> dict:
     "What was asked before any refusal, where the records tell: of each expert (L, E), by tokens as a histogram (L, E+1), and (L, 4) asked, served, tokens that asked, those left with nothing."
-    if not all(name in r.extras for r in block for name in ("demand", "demand_counts")): return dict.fromkeys(("demand", "demand_counts", "refusals"))
-    def one(r, asked): return torch.stack([asked.sum(), r.used.sum(), (asked > 0).sum(), ((asked > 0) & (r.counts == 0)).sum()])
+    if not all(name in r.extras for r in block for name in ("demand", "demand_counts")):
+        return dict.fromkeys(("demand", "demand_counts", "refusals"))
+
+    def one(r, asked):
+        return torch.stack([asked.sum(), r.used.sum(), (asked > 0).sum(), ((asked > 0) & (r.counts == 0)).sum()])
+
     asked = [r.extras["demand_counts"].detach().long() for r in block]
     stack = lambda values: torch.stack(values).double().cpu().numpy()
-    return {"demand": stack([r.extras["demand"].detach() for r in block]), "demand_counts": stack([torch.bincount(a, minlength=block[0].num_experts + 1) for a in asked]),
-            "refusals": stack([one(r, a) for r, a in zip(block, asked)])}
+    return {
+        "demand": stack([r.extras["demand"].detach() for r in block]),
+        "demand_counts": stack([torch.bincount(a, minlength=block[0].num_experts + 1) for a in asked]),
+        "refusals": stack([one(r, a) for r, a in zip(block, asked)]),
+    }
 
+# %% ../../nbs/39_metrics.table.ipynb #88c222e7
 @dataclass
 class Tally:
     "Sums over the tokens of a source; `update` adds a block."
-    native_k: int | None = None                  # the model's own experts per token, for the overlap with its own choice
-    tokens: int = 0                              # T so far
-    sums: dict = field(default_factory=dict)     # by name: arrays with L rows, or None where unknown
-    width: int | None = None                     # R of the expert representations, where they are known
 
-    def update(self,
-               block: list,                      # L records of the same T tokens
-               second_run: list | None = None,   # the same tokens in a second run of the same configuration
-               own_run: list | None = None,      # the same tokens in a run of the unpatched model
-               contexts: Context | None = None,  # where the rows come from, the same for all layers; rows that are not valid are left out
-               representations=None,             # (L, E, R) or L of (E, R): expert vectors; default: extras["representation"] of each record
-               previous: list | None = None,     # the same tokens at the checkpoint before
-              ) -> "Tally":
+    native_k: int | None = None  # the model's own experts per token, for the overlap with its own choice
+    tokens: int = 0  # T so far
+    sums: dict = field(default_factory=dict)  # by name: arrays with L rows, or None where unknown
+    width: int | None = None  # R of the expert representations, where they are known
+
+    def update(
+        self,
+        block: list,  # L records of the same T tokens
+        second_run: list | None = None,  # the same tokens in a second run of the same configuration
+        own_run: list | None = None,  # the same tokens in a run of the unpatched model
+        contexts: Context
+        | None = None,  # where the rows come from, the same for all layers; rows that are not valid are left out
+        representations=None,  # (L, E, R) or L of (E, R): expert vectors; default: extras["representation"] of each record
+        previous: list | None = None,  # the same tokens at the checkpoint before
+    ) -> "Tally":
         "Add one block. Raises ValueError when the comparisons, the context or the representations do not fit it."
         where = Context() if contexts is None else contexts
         directions = _representations(block, representations)
         if where.valid is not None:
             keep = _rows_of(where.valid, block, "valid")
             if not bool(keep.all()):
-                block, second_run, own_run, previous = (b and [r.rows(keep.to(r.experts.device)) for r in b] for b in (block, second_run, own_run, previous))
-                where = Context(**{k: v if v is None else v[keep.to(v.device)] for k in ("token_id", "position", "sequence", "valid") for v in (getattr(where, k),)})
+                block, second_run, own_run, previous = (
+                    b and [r.rows(keep.to(r.experts.device)) for r in b] for b in (block, second_run, own_run, previous)
+                )
+                where = Context(
+                    **{
+                        k: v if v is None else v[keep.to(v.device)]
+                        for k in ("token_id", "position", "sequence", "valid")
+                        for v in (getattr(where, k),)
+                    }
+                )
         if directions is not None:
-            if self.width not in (None, R := directions[0].shape[-1]): raise ValueError(f"representations of width {R}, those of earlier blocks were {self.width} wide")
+            if self.width not in (None, R := directions[0].shape[-1]):
+                raise ValueError(f"representations of width {R}, those of earlier blocks were {self.width} wide")
             self.width = R
         sequential = where.sequence is not None and where.position is not None
-        for name in ("token_id", "position", "sequence"): _rows_of(getattr(where, name), block, name)
-        new = {"load": load_sums(block), "counts": count_sums(block), "products": product_sums(block), "weights": weight_sums(block),
-               "gate": gate_sums(block), "own_choice": own_overlap_sums(block, self.native_k) if self.native_k else None,
-               "second_run": overlap_sums(block, second_run) if second_run else None,
-               "own_run": overlap_sums(block, own_run) if own_run else None,
-               "previous": overlap_sums(block, previous) if previous else None,
-               **{f"{name}_random": random_overlap_sums(block, b) if b else None for name, b in (("second_run", second_run), ("own_run", own_run), ("previous", previous))},
-               "confidence": confidence_sums(block), **_asked(block), "token_sets": token_sets(block, where.token_id),
-               "sequential": sequential_sums(block, where) if sequential else None, "sequential_random": random_overlap_sums(block, block) if sequential else None,
-               "similarity": None if directions is None or len(directions[0]) < 2 else
-                             len(block[0].experts) * np.stack([similarity_statistics(g) for g in directions])}
+        for name in ("token_id", "position", "sequence"):
+            _rows_of(getattr(where, name), block, name)
+        new = {
+            "load": load_sums(block),
+            "counts": count_sums(block),
+            "products": product_sums(block),
+            "weights": weight_sums(block),
+            "gate": gate_sums(block),
+            "own_choice": own_overlap_sums(block, self.native_k) if self.native_k else None,
+            "second_run": overlap_sums(block, second_run) if second_run else None,
+            "own_run": overlap_sums(block, own_run) if own_run else None,
+            "previous": overlap_sums(block, previous) if previous else None,
+            **{
+                f"{name}_random": random_overlap_sums(block, b) if b else None
+                for name, b in (("second_run", second_run), ("own_run", own_run), ("previous", previous))
+            },
+            "confidence": confidence_sums(block),
+            **_asked(block),
+            "token_sets": token_sets(block, where.token_id),
+            "sequential": sequential_sums(block, where) if sequential else None,
+            "sequential_random": random_overlap_sums(block, block) if sequential else None,
+            "similarity": None
+            if directions is None or len(directions[0]) < 2
+            else len(block[0].experts) * np.stack([similarity_statistics(g) for g in directions]),
+        }
         unknown = {k for k, v in new.items() if v is None} | {k for k, v in self.sums.items() if v is None}
         self.sums = {k: None if k in unknown else v + self.sums.get(k, 0) for k, v in new.items()}
         self.tokens += len(block[0].experts)
         return self
 
 # %% ../../nbs/39_metrics.table.ipynb #cc960f7e
-def tally(source,                       # one block, or an iterable of blocks (a trace)
-          native_k: int | None = None,  # the model's own experts per token
-          second_run=None,              # a source with the same tokens in the same blocks: a real second run
-          own_run=None,                 # a source with the same tokens in the same blocks: the unpatched model
-          contexts=None,                # a Context for one block, or an iterable with one for each block
-          representations=None,         # as in `Tally.update`, for all blocks
-          previous=None,                # a source with the same tokens in the same blocks: the checkpoint before
-         ) -> Tally:
+def tally(
+    source,  # one block, or an iterable of blocks (a trace)
+    native_k: int | None = None,  # the model's own experts per token
+    second_run=None,  # a source with the same tokens in the same blocks: a real second run
+    own_run=None,  # a source with the same tokens in the same blocks: the unpatched model
+    contexts=None,  # a Context for one block, or an iterable with one for each block
+    representations=None,  # as in `Tally.update`, for all blocks
+    previous=None,  # a source with the same tokens in the same blocks: the checkpoint before
+) -> Tally:
     "Add up a source. Raises ValueError when it is empty or when the sources do not match."
     if isinstance(source, Tally):
-        if any(x is not None for x in (second_run, own_run, contexts, representations, previous)) or native_k not in (None, source.native_k):
-            raise ValueError("a finished Tally cannot be compared any more: give native_k, the contexts and the other runs when it is made")
+        if any(x is not None for x in (second_run, own_run, contexts, representations, previous)) or native_k not in (
+            None,
+            source.native_k,
+        ):
+            raise ValueError(
+                "a finished Tally cannot be compared any more: give native_k, the contexts and the other runs when it is made"
+            )
         return source
     out = Tally(native_k)
     contexts = [contexts] if isinstance(contexts, Context) else contexts
-    sources = {name: blocks(s) for name, s in (("block", source), ("second_run", second_run), ("own_run", own_run), ("previous", previous)) if s is not None}
-    if contexts is not None: sources["contexts"] = contexts
+    sources = {
+        name: blocks(s)
+        for name, s in (("block", source), ("second_run", second_run), ("own_run", own_run), ("previous", previous))
+        if s is not None
+    }
+    if contexts is not None:
+        sources["contexts"] = contexts
     for row in zip_longest(*sources.values()):
-        if any(block is None for block in row): raise ValueError("the runs that are compared have different numbers of blocks: route the same tokens in the same batches")
+        if any(block is None for block in row):
+            raise ValueError(
+                "the runs that are compared have different numbers of blocks: route the same tokens in the same batches"
+            )
         out.update(**dict(zip(sources, row)), representations=representations)
-    if not out.tokens: raise ValueError("the source is empty: not one token was routed")
+    if not out.tokens:
+        raise ValueError("the source is empty: not one token was routed")
     return out
 
 # %% ../../nbs/39_metrics.table.ipynb #c04ac707
 def _losses(nll, tokens) -> tuple[np.ndarray, np.ndarray]:
     nll, n = np.asarray(nll, dtype=float), np.asarray(tokens, dtype=float)
-    if nll.ndim != 1 or nll.shape != n.shape or not len(n): raise ValueError(f"nll and tokens must both be (samples,), got {nll.shape} and {n.shape}")
-    if not (n > 0).all(): raise ValueError(f"tokens = {n.min():g} of sample {int(n.argmin())}: leave out samples without scored tokens")
+    if nll.ndim != 1 or nll.shape != n.shape or not len(n):
+        raise ValueError(f"nll and tokens must both be (samples,), got {nll.shape} and {n.shape}")
+    if not (n > 0).all():
+        raise ValueError(f"tokens = {n.min():g} of sample {int(n.argmin())}: leave out samples without scored tokens")
     return nll, n
 
-def token_perplexity(nll, tokens) -> float:    # (S,) summed nats of each sample, (S,) its scored tokens
+
+def token_perplexity(nll, tokens) -> float:  # (S,) summed nats of each sample, (S,) its scored tokens
     "Token-weighted perplexity."
     nll, n = _losses(nll, tokens)
     return float(np.exp(nll.sum() / n.sum()))
 
-def sample_perplexity(nll, tokens) -> float:   # (S,) summed nats of each sample, (S,) its scored tokens
+
+def sample_perplexity(nll, tokens) -> float:  # (S,) summed nats of each sample, (S,) its scored tokens
     "The seed's perplexity: every sample counts the same, however short (seed 002)."
     nll, n = _losses(nll, tokens)
     return float(np.exp((nll / n).mean()))
 
+
 def mean_accuracy(accuracies: dict[str, float]) -> float:
     "Unweighted mean over tasks (seed 002)."
-    if not accuracies: raise ValueError("no task: give the accuracy of at least one")
+    if not accuracies:
+        raise ValueError("no task: give the accuracy of at least one")
     return float(np.mean([in_range(v, 0, 1, f"accuracy of {k}") for k, v in accuracies.items()]))
 
 # %% ../../nbs/39_metrics.table.ipynb #c2c974c5
-QUALITY = ("nll", "tokens", "accuracies", "accuracies_seed", "perplexity", "perplexity_seed", "avg_task_accuracy", "avg_task_accuracy_seed")
+QUALITY = (
+    "nll",
+    "tokens",
+    "accuracies",
+    "accuracies_seed",
+    "perplexity",
+    "perplexity_seed",
+    "avg_task_accuracy",
+    "avg_task_accuracy_seed",
+)
 SPEED = ("tokens", "seconds", "tokens_seed", "seconds_seed")
 
+# %% ../../nbs/39_metrics.table.ipynb #d8bd43b8
 class Facts:
     "A tally brought to means, with what else is known of a run; the formulas of METRICS read it."
-    def __init__(self, t: Tally, k_floor=1, k_ceiling=None, config_or_model=None, context_length=512, outputs=None, quality=None, speed=None, draws=64):
+
+    def __init__(
+        self,
+        t: Tally,
+        k_floor=1,
+        k_ceiling=None,
+        config_or_model=None,
+        context_length=512,
+        outputs=None,
+        quality=None,
+        speed=None,
+        draws=64,
+    ):
         self.tokens, self.native_k, self.outputs = t.tokens, t.native_k, outputs
-        self.load, self.counts = t.sums["load"], t.sums["counts"]          # (L, E), (L, E+1)
-        (self.L, self.E), self.all = self.load.shape, self.counts.sum(0)   # (E+1,) counts of all layers
+        self.load, self.counts = t.sums["load"], t.sums["counts"]  # (L, E), (L, E+1)
+        (self.L, self.E), self.all = self.load.shape, self.counts.sum(0)  # (E+1,) counts of all layers
         self.mean_k, largest = float(mean_count(self.all)), int(extreme_counts(self.all)[1])
-        self.k_floor, self.k_ceiling = limits(k_floor, largest if k_ceiling is None else in_range(k_ceiling, 1, self.E, "k_ceiling"))
-        if largest > self.k_ceiling: raise ValueError(f"k_ceiling = {k_ceiling}, but a token used {largest} experts: give the ceiling that the router ran with")
+        self.k_floor, self.k_ceiling = limits(
+            k_floor, largest if k_ceiling is None else in_range(k_ceiling, 1, self.E, "k_ceiling")
+        )
+        if largest > self.k_ceiling:
+            raise ValueError(
+                f"k_ceiling = {k_ceiling}, but a token used {largest} experts: give the ceiling that the router ran with"
+            )
         mean = lambda name: None if t.sums[name] is None else t.sums[name] / t.tokens
-        self.gate, self.own_choice, self.second_run, self.own_run, self.previous = map(mean, ("gate", "own_choice", "second_run", "own_run", "previous"))
-        self.weight_mean, self.weight_std = moments(t.sums["weights"], t.tokens)                # (L,) each
+        self.gate, self.own_choice, self.second_run, self.own_run, self.previous = map(
+            mean, ("gate", "own_choice", "second_run", "own_run", "previous")
+        )
+        self.weight_mean, self.weight_std = moments(t.sums["weights"], t.tokens)  # (L,) each
         self.weight_all = moments(t.sums["weights"].sum(0), t.tokens * self.L)
-        self.correlations = layer_correlations(t.sums["products"], self.counts)                 # (L-1,)
+        self.correlations = layer_correlations(t.sums["products"], self.counts)  # (L-1,)
         self.sums = t.sums
         self.overlap = self.overlap_random = self.similarity = self.similarity_random = None
-        if (sets := t.sums["token_sets"]) is not None:                                          # (L, 2): ours and the seed's
+        if (sets := t.sums["token_sets"]) is not None:  # (L, 2): ours and the seed's
             self.overlap = np.array([expert_overlap(sets, l) for l in range(self.L)])
-            self.overlap_random = np.array([random_expert_overlap(*facts, sets.occurrences) for facts in zip(self.load, self.counts)])
-        if t.sums["similarity"] is not None:                                                    # (L, 5)
-            self.similarity, self.similarity_random = t.sums["similarity"] / t.tokens, np.tile(random_similarity(self.E, t.width), (self.L, 1))
-        self.demand_noise = None if t.sums["demand_counts"] is None else np.array([cv(random_loads(h, draws)).mean() for h in t.sums["demand_counts"]])
+            self.overlap_random = np.array(
+                [random_expert_overlap(*facts, sets.occurrences) for facts in zip(self.load, self.counts)]
+            )
+        if t.sums["similarity"] is not None:  # (L, 5)
+            self.similarity, self.similarity_random = (
+                t.sums["similarity"] / t.tokens,
+                np.tile(random_similarity(self.E, t.width), (self.L, 1)),
+            )
+        self.demand_noise = (
+            None
+            if t.sums["demand_counts"] is None
+            else np.array([cv(random_loads(h, draws)).mean() for h in t.sums["demand_counts"]])
+        )
         self.model = None if config_or_model is None else with_shapes(config_or_model)
         self.quality = {known(k, QUALITY, "key of quality"): v for k, v in (quality or {}).items() if v is not None}
         self.speed = {known(k, SPEED, "key of speed"): v for k, v in (speed or {}).items() if v is not None}
-        loads = {h.tobytes(): random_loads(h, draws) for h in {h.tobytes(): h for h in self.counts}.values()}   # equal layers share one
-        self.random = [loads[h.tobytes()] for h in self.counts]                                 # L arrays (draws, E)
-        self.random_pooled = random_loads(self.all, draws)                                      # all layers as one, as the pooled metrics see them
-        self.flops, self.own_flops = (None if self.model is None or k is None else flops_per_token(self.model, k, context_length)
-                                      for k in (mean_count(self.counts), t.native_k))
+        loads = {
+            h.tobytes(): random_loads(h, draws) for h in {h.tobytes(): h for h in self.counts}.values()
+        }  # equal layers share one
+        self.random = [loads[h.tobytes()] for h in self.counts]  # L arrays (draws, E)
+        self.random_pooled = random_loads(self.all, draws)  # all layers as one, as the pooled metrics see them
+        self.flops, self.own_flops = (
+            None if self.model is None or k is None else flops_per_token(self.model, k, context_length)
+            for k in (mean_count(self.counts), t.native_k)
+        )
 
     def per(self, name: str, top: int = 0, bottom: int = 1):
         "(L,) one column of sums over another, or None where unknown; NaN where nothing was counted."
-        if self.sums[name] is None: return None
+        if self.sums[name] is None:
+            return None
         n = self.sums[name][:, bottom]
         return np.divide(self.sums[name][:, top], n, out=np.full(self.L, np.nan), where=n > 0)
+
     def noise(self, metric: str) -> np.ndarray:
         "(L,) noise floor of a load metric."
         return np.array([LOAD_METRICS[metric](loads).mean() for loads in self.random])
+
     def noise_pooled(self, metric: str) -> float:
         "Noise floor of a load metric on the loads summed over layers."
         return LOAD_METRICS[metric](self.random_pooled).mean()
+
     def given(self, name: str, compute: Callable, *needs: str):
         "A quality value as given, or computed from what it needs, or None."
-        if name in self.quality: return self.quality[name]
+        if name in self.quality:
+            return self.quality[name]
         return compute(*(self.quality[n] for n in needs)) if all(n in self.quality for n in needs) else None
+
     def rate(self, f: Callable, suffix: str = ""):
         "A speed from tokens and seconds, or None."
         tokens, seconds = (self.speed.get(x + suffix) for x in ("tokens", "seconds"))
@@ -201,255 +365,1177 @@ class Facts:
 @dataclass(frozen=True)
 class Metric:
     "One row of the table."
+
     name: str
     category: str
-    formula: str                                  # LaTeX or words
-    level: str                                    # layer (a list of L), model, run
-    low: float                                    # range of the value
+    formula: str  # LaTeX or words
+    level: str  # layer (a list of L), model, run
+    low: float  # range of the value
     high: float
-    direction: str                                # higher, lower, neutral
+    direction: str  # higher, lower, neutral
     unit: str
-    perfect: Callable[[int, int, int], float | None]    # (E, K, V): value at the even extreme; None where it has none
+    perfect: Callable[[int, int, int], float | None]  # (E, K, V): value at the even extreme; None where it has none
     collapsed: Callable[[int, int, int], float | None]  # (E, K, V): value at the collapsed extreme
-    value: Callable[[Facts], object]              # from the facts of a run
+    value: Callable[[Facts], object]  # from the facts of a run
     noise_floor: Callable[[int, int, float], float] | None  # (tokens, E, k): what chance alone gives
-    source: str                                   # where it comes from
+    source: str  # where it comes from
+
 
 _at = lambda x: x if callable(x) else (lambda E, K, V: x)
 
+
 def _rows(category, *rows):
     "Metrics of one category from (name, formula, level, (low, high), direction, unit, even, collapsed, value, noise, source)."
-    return [Metric(n, category, f, level, low, high, d, u, _at(p), _at(c), v, noise, s) for n, f, level, (low, high), d, u, p, c, v, noise, s in rows]
+    return [
+        Metric(n, category, f, level, low, high, d, u, _at(p), _at(c), v, noise, s)
+        for n, f, level, (low, high), d, u, p, c, v, noise, s in rows
+    ]
 
 # %% ../../nbs/39_metrics.table.ipynb #cdc80ae8
 _SEED, _OURS = "seed 002", "corrects seed 002"
 
-_quality = _rows("quality",
-    ("perplexity", r"\exp(\sum_i nll_i / \sum_i n_i)", "run", (1, inf), "lower", "", 1, lambda E, K, V: V,
-     lambda f: f.given("perplexity", token_perplexity, "nll", "tokens"), None, _OURS),
-    ("perplexity_seed", r"\exp(mean_i(nll_i / n_i))", "run", (1, inf), "lower", "", 1, lambda E, K, V: V,
-     lambda f: f.given("perplexity_seed", sample_perplexity, "nll", "tokens"), None, _SEED),
-    ("avg_task_accuracy", "mean of the tasks' accuracies", "run", (0, 1), "higher", "share", 1, 0,
-     lambda f: f.given("avg_task_accuracy", mean_accuracy, "accuracies"), None, _OURS),
-    ("avg_task_accuracy_seed", "the same with the seed's scoring (first token of the last word, whole text of an ending)", "run", (0, 1), "higher", "share", 1, 0,
-     lambda f: f.given("avg_task_accuracy_seed", mean_accuracy, "accuracies_seed"), None, _SEED))
+# %% ../../nbs/39_metrics.table.ipynb #dde08d87
+_quality = _rows(
+    "quality",
+    (
+        "perplexity",
+        r"\exp(\sum_i nll_i / \sum_i n_i)",
+        "run",
+        (1, inf),
+        "lower",
+        "",
+        1,
+        lambda E, K, V: V,
+        lambda f: f.given("perplexity", token_perplexity, "nll", "tokens"),
+        None,
+        _OURS,
+    ),
+    (
+        "perplexity_seed",
+        r"\exp(mean_i(nll_i / n_i))",
+        "run",
+        (1, inf),
+        "lower",
+        "",
+        1,
+        lambda E, K, V: V,
+        lambda f: f.given("perplexity_seed", sample_perplexity, "nll", "tokens"),
+        None,
+        _SEED,
+    ),
+    (
+        "avg_task_accuracy",
+        "mean of the tasks' accuracies",
+        "run",
+        (0, 1),
+        "higher",
+        "share",
+        1,
+        0,
+        lambda f: f.given("avg_task_accuracy", mean_accuracy, "accuracies"),
+        None,
+        _OURS,
+    ),
+    (
+        "avg_task_accuracy_seed",
+        "the same with the seed's scoring (first token of the last word, whole text of an ending)",
+        "run",
+        (0, 1),
+        "higher",
+        "share",
+        1,
+        0,
+        lambda f: f.given("avg_task_accuracy_seed", mean_accuracy, "accuracies_seed"),
+        None,
+        _SEED,
+    ),
+)
 
-_efficiency = _rows("efficiency",
-    ("effective_k", r"\bar c", "model", (0, inf), "neutral", "experts", lambda E, K, V: (K + 1) / 2, lambda E, K, V: K, lambda f: f.mean_k, None, _SEED),
-    ("effective_k_per_layer", r"\bar c_l", "layer", (0, inf), "neutral", "experts", lambda E, K, V: (K + 1) / 2, lambda E, K, V: K,
-     lambda f: mean_count(f.counts), None, _SEED),
-    ("expert_activation_ratio", r"\bar c / k_{max}", "model", (0, 1), "lower", "share", lambda E, K, V: (K + 1) / (2 * K), 1,
-     lambda f: expert_activation_ratio(f.mean_k, max(f.k_ceiling, 1)), None, _SEED),
-    ("flops_per_token", "matrix products of one token, from the model's shapes", "model", (0, inf), "lower", "FLOP", None, None,
-     lambda f: f.flops, None, "this book"),
-    ("flops_reduction_pct", r"100 (1 - FLOPs(\bar c) / FLOPs(k))", "model", (-inf, 100), "higher", "%", None, 0,
-     lambda f: None if f.own_flops is None else 100 * (1 - f.flops / f.own_flops), None, _OURS),
-    ("flops_reduction_pct_seed", r"cost(k) = .6 k/E + .4", "model", (-inf, 100), "higher", "%", lambda E, K, V: flops_reduction_pct_seed((K + 1) / 2, E, K), 0,
-     lambda f: None if f.native_k is None else flops_reduction_pct_seed(f.mean_k, f.E, f.native_k), None, _SEED))
+# %% ../../nbs/39_metrics.table.ipynb #55c2a7b6
+_efficiency = _rows(
+    "efficiency",
+    (
+        "effective_k",
+        r"\bar c",
+        "model",
+        (0, inf),
+        "neutral",
+        "experts",
+        lambda E, K, V: (K + 1) / 2,
+        lambda E, K, V: K,
+        lambda f: f.mean_k,
+        None,
+        _SEED,
+    ),
+    (
+        "effective_k_per_layer",
+        r"\bar c_l",
+        "layer",
+        (0, inf),
+        "neutral",
+        "experts",
+        lambda E, K, V: (K + 1) / 2,
+        lambda E, K, V: K,
+        lambda f: mean_count(f.counts),
+        None,
+        _SEED,
+    ),
+    (
+        "expert_activation_ratio",
+        r"\bar c / k_{max}",
+        "model",
+        (0, 1),
+        "lower",
+        "share",
+        lambda E, K, V: (K + 1) / (2 * K),
+        1,
+        lambda f: expert_activation_ratio(f.mean_k, max(f.k_ceiling, 1)),
+        None,
+        _SEED,
+    ),
+    (
+        "flops_per_token",
+        "matrix products of one token, from the model's shapes",
+        "model",
+        (0, inf),
+        "lower",
+        "FLOP",
+        None,
+        None,
+        lambda f: f.flops,
+        None,
+        "this book",
+    ),
+    (
+        "flops_reduction_pct",
+        r"100 (1 - FLOPs(\bar c) / FLOPs(k))",
+        "model",
+        (-inf, 100),
+        "higher",
+        "%",
+        None,
+        0,
+        lambda f: None if f.own_flops is None else 100 * (1 - f.flops / f.own_flops),
+        None,
+        _OURS,
+    ),
+    (
+        "flops_reduction_pct_seed",
+        r"cost(k) = .6 k/E + .4",
+        "model",
+        (-inf, 100),
+        "higher",
+        "%",
+        lambda E, K, V: flops_reduction_pct_seed((K + 1) / 2, E, K),
+        0,
+        lambda f: None if f.native_k is None else flops_reduction_pct_seed(f.mean_k, f.E, f.native_k),
+        None,
+        _SEED,
+    ),
+)
 
-_speed = _rows("speed",
-    ("tokens_per_second", "tokens / seconds, recording off, after a warm-up", "run", (0, inf), "higher", "1/s", None, None,
-     lambda f: f.rate(tokens_per_second), None, _OURS),
-    ("latency_ms_per_token", "1000 / tokens_per_second", "run", (0, inf), "lower", "ms", None, None, lambda f: f.rate(latency_ms_per_token), None, _OURS),
-    ("tokens_per_second_seed", "tokens / seconds, with data loading and recording", "run", (0, inf), "higher", "1/s", None, None,
-     lambda f: f.rate(tokens_per_second, "_seed"), None, _SEED),
-    ("latency_ms_per_token_seed", "1000 / tokens_per_second_seed", "run", (0, inf), "lower", "ms", None, None,
-     lambda f: f.rate(latency_ms_per_token, "_seed"), None, _SEED))
+# %% ../../nbs/39_metrics.table.ipynb #66682bfc
+_speed = _rows(
+    "speed",
+    (
+        "tokens_per_second",
+        "tokens / seconds, recording off, after a warm-up",
+        "run",
+        (0, inf),
+        "higher",
+        "1/s",
+        None,
+        None,
+        lambda f: f.rate(tokens_per_second),
+        None,
+        _OURS,
+    ),
+    (
+        "latency_ms_per_token",
+        "1000 / tokens_per_second",
+        "run",
+        (0, inf),
+        "lower",
+        "ms",
+        None,
+        None,
+        lambda f: f.rate(latency_ms_per_token),
+        None,
+        _OURS,
+    ),
+    (
+        "tokens_per_second_seed",
+        "tokens / seconds, with data loading and recording",
+        "run",
+        (0, inf),
+        "higher",
+        "1/s",
+        None,
+        None,
+        lambda f: f.rate(tokens_per_second, "_seed"),
+        None,
+        _SEED,
+    ),
+    (
+        "latency_ms_per_token_seed",
+        "1000 / tokens_per_second_seed",
+        "run",
+        (0, inf),
+        "lower",
+        "ms",
+        None,
+        None,
+        lambda f: f.rate(latency_ms_per_token, "_seed"),
+        None,
+        _SEED,
+    ),
+)
 
 # %% ../../nbs/39_metrics.table.ipynb #c1021efd
 _layers = lambda metric: lambda f: LOAD_METRICS[metric](f.load)
 _mean = lambda metric: lambda f: LOAD_METRICS[metric](f.load).mean()
 _pooled = lambda function: lambda f: function(f.load.sum(0))
 _floor = lambda metric: partial(noise_floor, metric)
-_cv = lambda E, K, V: (E / K - 1) ** .5
+_cv = lambda E, K, V: (E / K - 1) ** 0.5
 
-_distribution = _rows("distribution",
-    ("expert_utilization", r"|\{e: \sum_l n_{l,e} > 0\}| / E", "model", (0, 1), "higher", "share", 1, lambda E, K, V: K / E, _pooled(utilization),
-     _floor("expert_utilization"), _SEED),
-    ("expert_utilization_mean", r"mean_l |\{e: n_{l,e} > 0\}| / E", "model", (0, 1), "higher", "share", 1, lambda E, K, V: K / E, _mean("expert_utilization"),
-     _floor("expert_utilization"), _OURS),
-    ("expert_utilization_per_layer", r"|\{e: n_{l,e} > 0\}| / E", "layer", (0, 1), "higher", "share", 1, lambda E, K, V: K / E, _layers("expert_utilization"),
-     _floor("expert_utilization"), _OURS),
-    ("gini_coefficient", "Gini of the loads summed over layers", "model", (0, 1), "lower", "", 0, lambda E, K, V: 1 - K / E, _pooled(gini), _floor("load_gini"), _SEED),
-    ("load_gini", "mean over layers of the Gini of the load", "model", (0, 1), "lower", "", 0, lambda E, K, V: 1 - K / E, _mean("load_gini"), _floor("load_gini"), _OURS),
-    ("load_cv", "mean over layers of std / mean of the load (population)", "model", (0, inf), "lower", "", 0, _cv, _mean("load_cv"), _floor("load_cv"), "Shazeer et al. 2017"),
-    ("load_cv_per_layer", "std / mean of the load (population)", "layer", (0, inf), "lower", "", 0, _cv, _layers("load_cv"), _floor("load_cv"), "Shazeer et al. 2017"),
-    ("load_cv_pooled", "std / mean of the loads summed over layers", "model", (0, inf), "lower", "", 0, _cv, _pooled(cv), _floor("load_cv"), "this book"),
-    ("load_cv_sample", "mean over layers, sample standard deviation", "model", (0, inf), "lower", "", 0, lambda E, K, V: ((E / K - 1) * E / (E - 1)) ** .5,
-     lambda f: LOAD_METRICS["load_cv_sample"](f.load).mean() if f.E > 1 else None, _floor("load_cv_sample"), "this book"),
-    ("max_violation", r"mean_l \max_e n_{l,e} / \bar n_l - 1", "model", (0, inf), "lower", "", 0, lambda E, K, V: E / K - 1, _mean("max_violation"),
-     _floor("max_violation"), "Wang et al. 2024"),
-    ("max_violation_per_layer", r"\max_e n_{l,e} / \bar n_l - 1", "layer", (0, inf), "lower", "", 0, lambda E, K, V: E / K - 1, _layers("max_violation"),
-     _floor("max_violation"), "Wang et al. 2024"),
-    ("max_violation_pooled", "MaxVio of the loads summed over layers", "model", (0, inf), "lower", "", 0, lambda E, K, V: E / K - 1, _pooled(max_violation),
-     _floor("max_violation"), "this book"),
-    ("load_entropy", r"mean_l H(n_l / \sum n_l) / \ln E", "model", (0, 1), "higher", "share", 1, lambda E, K, V: log(K) / log(E), _mean("load_entropy"),
-     _floor("load_entropy"), "this book"),
-    ("unused_experts", r"mean_l |\{e: n_{l,e} = 0\}|", "model", (0, inf), "lower", "experts", 0, lambda E, K, V: E - K, _mean("unused_experts"),
-     _floor("unused_experts"), "this book"))
+# %% ../../nbs/39_metrics.table.ipynb #5f0278d7
+_distribution = _rows(
+    "distribution",
+    (
+        "expert_utilization",
+        r"|\{e: \sum_l n_{l,e} > 0\}| / E",
+        "model",
+        (0, 1),
+        "higher",
+        "share",
+        1,
+        lambda E, K, V: K / E,
+        _pooled(utilization),
+        _floor("expert_utilization"),
+        _SEED,
+    ),
+    (
+        "expert_utilization_mean",
+        r"mean_l |\{e: n_{l,e} > 0\}| / E",
+        "model",
+        (0, 1),
+        "higher",
+        "share",
+        1,
+        lambda E, K, V: K / E,
+        _mean("expert_utilization"),
+        _floor("expert_utilization"),
+        _OURS,
+    ),
+    (
+        "expert_utilization_per_layer",
+        r"|\{e: n_{l,e} > 0\}| / E",
+        "layer",
+        (0, 1),
+        "higher",
+        "share",
+        1,
+        lambda E, K, V: K / E,
+        _layers("expert_utilization"),
+        _floor("expert_utilization"),
+        _OURS,
+    ),
+    (
+        "gini_coefficient",
+        "Gini of the loads summed over layers",
+        "model",
+        (0, 1),
+        "lower",
+        "",
+        0,
+        lambda E, K, V: 1 - K / E,
+        _pooled(gini),
+        _floor("load_gini"),
+        _SEED,
+    ),
+    (
+        "load_gini",
+        "mean over layers of the Gini of the load",
+        "model",
+        (0, 1),
+        "lower",
+        "",
+        0,
+        lambda E, K, V: 1 - K / E,
+        _mean("load_gini"),
+        _floor("load_gini"),
+        _OURS,
+    ),
+    (
+        "load_cv",
+        "mean over layers of std / mean of the load (population)",
+        "model",
+        (0, inf),
+        "lower",
+        "",
+        0,
+        _cv,
+        _mean("load_cv"),
+        _floor("load_cv"),
+        "Shazeer et al. 2017",
+    ),
+    (
+        "load_cv_per_layer",
+        "std / mean of the load (population)",
+        "layer",
+        (0, inf),
+        "lower",
+        "",
+        0,
+        _cv,
+        _layers("load_cv"),
+        _floor("load_cv"),
+        "Shazeer et al. 2017",
+    ),
+    (
+        "load_cv_pooled",
+        "std / mean of the loads summed over layers",
+        "model",
+        (0, inf),
+        "lower",
+        "",
+        0,
+        _cv,
+        _pooled(cv),
+        _floor("load_cv"),
+        "this book",
+    ),
+    (
+        "load_cv_sample",
+        "mean over layers, sample standard deviation",
+        "model",
+        (0, inf),
+        "lower",
+        "",
+        0,
+        lambda E, K, V: ((E / K - 1) * E / (E - 1)) ** 0.5,
+        lambda f: LOAD_METRICS["load_cv_sample"](f.load).mean() if f.E > 1 else None,
+        _floor("load_cv_sample"),
+        "this book",
+    ),
+    (
+        "max_violation",
+        r"mean_l \max_e n_{l,e} / \bar n_l - 1",
+        "model",
+        (0, inf),
+        "lower",
+        "",
+        0,
+        lambda E, K, V: E / K - 1,
+        _mean("max_violation"),
+        _floor("max_violation"),
+        "Wang et al. 2024",
+    ),
+    (
+        "max_violation_per_layer",
+        r"\max_e n_{l,e} / \bar n_l - 1",
+        "layer",
+        (0, inf),
+        "lower",
+        "",
+        0,
+        lambda E, K, V: E / K - 1,
+        _layers("max_violation"),
+        _floor("max_violation"),
+        "Wang et al. 2024",
+    ),
+    (
+        "max_violation_pooled",
+        "MaxVio of the loads summed over layers",
+        "model",
+        (0, inf),
+        "lower",
+        "",
+        0,
+        lambda E, K, V: E / K - 1,
+        _pooled(max_violation),
+        _floor("max_violation"),
+        "this book",
+    ),
+    (
+        "load_entropy",
+        r"mean_l H(n_l / \sum n_l) / \ln E",
+        "model",
+        (0, 1),
+        "higher",
+        "share",
+        1,
+        lambda E, K, V: log(K) / log(E),
+        _mean("load_entropy"),
+        _floor("load_entropy"),
+        "this book",
+    ),
+    (
+        "unused_experts",
+        r"mean_l |\{e: n_{l,e} = 0\}|",
+        "model",
+        (0, inf),
+        "lower",
+        "experts",
+        0,
+        lambda E, K, V: E - K,
+        _mean("unused_experts"),
+        _floor("unused_experts"),
+        "this book",
+    ),
+)
 
 # %% ../../nbs/39_metrics.table.ipynb #c9500a67
 _gate = lambda i: lambda f: None if f.gate is None else f.gate[:, i].mean()
 _limit = lambda i: lambda f: limit_rates(f.all, f.k_floor, f.k_ceiling)[i]
 
-_behaviour = _rows("behaviour",
-    ("adaptive_range", r"\max c - \min c", "model", (0, inf), "neutral", "experts", lambda E, K, V: K - 1, 0, lambda f: adaptive_range(f.all), None, _SEED),
-    ("selection_entropy", r"-\sum_c p_c \ln p_c", "model", (0, inf), "neutral", "nats", lambda E, K, V: log(K), 0, lambda f: selection_entropy(f.all), None, _SEED),
-    ("selection_entropy_normalized", r"selection\_entropy / \ln(k_{max} - k_{min} + 1)", "model", (0, inf), "neutral", "share", 1, 0,
-     lambda f: selection_entropy_normalized(f.all, f.k_floor, f.k_ceiling), None, _SEED),
-    ("count_std", r"\sigma(c)", "model", (0, inf), "neutral", "experts", lambda E, K, V: ((K * K - 1) / 12) ** .5, 0, lambda f: std_count(f.all), None, _SEED),
-    ("weight_sum_mean", r"mean \sum_k w_k", "model", (0, inf), "neutral", "", 1, 1, lambda f: f.weight_all[0], None, "Higher Criticism variant of seed 002"),
-    ("weight_sum_std", r"\sigma(\sum_k w_k)", "model", (0, inf), "neutral", "", 0, 0, lambda f: f.weight_all[1], None, "Higher Criticism variant of seed 002"),
-    ("routing_entropy", r"mean H(softmax(logits))", "model", (0, inf), "neutral", "nats", lambda E, K, V: log(E), 0, _gate(0), None, "this book"),
-    ("top1_probability", r"mean \max softmax(logits)", "model", (0, 1), "neutral", "share", lambda E, K, V: 1 / E, 1, _gate(1), None, "this book"),
-    ("used_mass", "mean softmax mass of the used experts", "model", (0, 1), "neutral", "share", lambda E, K, V: (K + 1) / (2 * E), 0, _gate(2), None, "this book"))
+# %% ../../nbs/39_metrics.table.ipynb #c2ee41fc
+_behaviour = _rows(
+    "behaviour",
+    (
+        "adaptive_range",
+        r"\max c - \min c",
+        "model",
+        (0, inf),
+        "neutral",
+        "experts",
+        lambda E, K, V: K - 1,
+        0,
+        lambda f: adaptive_range(f.all),
+        None,
+        _SEED,
+    ),
+    (
+        "selection_entropy",
+        r"-\sum_c p_c \ln p_c",
+        "model",
+        (0, inf),
+        "neutral",
+        "nats",
+        lambda E, K, V: log(K),
+        0,
+        lambda f: selection_entropy(f.all),
+        None,
+        _SEED,
+    ),
+    (
+        "selection_entropy_normalized",
+        r"selection\_entropy / \ln(k_{max} - k_{min} + 1)",
+        "model",
+        (0, inf),
+        "neutral",
+        "share",
+        1,
+        0,
+        lambda f: selection_entropy_normalized(f.all, f.k_floor, f.k_ceiling),
+        None,
+        _SEED,
+    ),
+    (
+        "count_std",
+        r"\sigma(c)",
+        "model",
+        (0, inf),
+        "neutral",
+        "experts",
+        lambda E, K, V: ((K * K - 1) / 12) ** 0.5,
+        0,
+        lambda f: std_count(f.all),
+        None,
+        _SEED,
+    ),
+    (
+        "weight_sum_mean",
+        r"mean \sum_k w_k",
+        "model",
+        (0, inf),
+        "neutral",
+        "",
+        1,
+        1,
+        lambda f: f.weight_all[0],
+        None,
+        "Higher Criticism variant of seed 002",
+    ),
+    (
+        "weight_sum_std",
+        r"\sigma(\sum_k w_k)",
+        "model",
+        (0, inf),
+        "neutral",
+        "",
+        0,
+        0,
+        lambda f: f.weight_all[1],
+        None,
+        "Higher Criticism variant of seed 002",
+    ),
+    (
+        "routing_entropy",
+        r"mean H(softmax(logits))",
+        "model",
+        (0, inf),
+        "neutral",
+        "nats",
+        lambda E, K, V: log(E),
+        0,
+        _gate(0),
+        None,
+        "this book",
+    ),
+    (
+        "top1_probability",
+        r"mean \max softmax(logits)",
+        "model",
+        (0, 1),
+        "neutral",
+        "share",
+        lambda E, K, V: 1 / E,
+        1,
+        _gate(1),
+        None,
+        "this book",
+    ),
+    (
+        "used_mass",
+        "mean softmax mass of the used experts",
+        "model",
+        (0, 1),
+        "neutral",
+        "share",
+        lambda E, K, V: (K + 1) / (2 * E),
+        0,
+        _gate(2),
+        None,
+        "this book",
+    ),
+)
 
-_constraint = _rows("constraint",
-    ("ceiling_hit_rate", r"100\, P(c \ge k_{max})", "model", (0, 100), "neutral", "%", lambda E, K, V: 100 / K, 100, _limit(0), None, _SEED),
-    ("floor_hit_rate", r"100\, P(c \le k_{min})", "model", (0, 100), "neutral", "%", lambda E, K, V: 100 / K, 0, _limit(1), None, _SEED),
-    ("mid_range_rate", r"100\, P(k_{min} < c < k_{max})", "model", (0, 100), "neutral", "%", lambda E, K, V: 100 * (K - 2) / K, 0, _limit(2), None, _OURS))
+# %% ../../nbs/39_metrics.table.ipynb #a7ba0639
+_constraint = _rows(
+    "constraint",
+    (
+        "ceiling_hit_rate",
+        r"100\, P(c \ge k_{max})",
+        "model",
+        (0, 100),
+        "neutral",
+        "%",
+        lambda E, K, V: 100 / K,
+        100,
+        _limit(0),
+        None,
+        _SEED,
+    ),
+    (
+        "floor_hit_rate",
+        r"100\, P(c \le k_{min})",
+        "model",
+        (0, 100),
+        "neutral",
+        "%",
+        lambda E, K, V: 100 / K,
+        0,
+        _limit(1),
+        None,
+        _SEED,
+    ),
+    (
+        "mid_range_rate",
+        r"100\, P(k_{min} < c < k_{max})",
+        "model",
+        (0, 100),
+        "neutral",
+        "%",
+        lambda E, K, V: 100 * (K - 2) / K,
+        0,
+        _limit(2),
+        None,
+        _OURS,
+    ),
+)
 
-_cross_layer = _rows("cross-layer",
-    ("layer_expert_variance", r"Var_l(\bar c_l)", "model", (0, inf), "neutral", "experts^2", 0, 0, lambda f: layer_variance(f.counts), None, _SEED),
-    ("layer_consistency_score", r"mean_l\, r(c_l, c_{l+1})", "model", (-1, 1), "neutral", "", 1, None, lambda f: layer_consistency(f.correlations),
-     lambda tokens, E, k: consistency_noise(tokens), _OURS),
-    ("layer_consistency_per_pair", r"r(c_l, c_{l+1})", "layer", (-1, 1), "neutral", "", 1, None, lambda f: f.correlations, lambda tokens, E, k: consistency_noise(tokens), _OURS))
+# %% ../../nbs/39_metrics.table.ipynb #ec55de3f
+_cross_layer = _rows(
+    "cross-layer",
+    (
+        "layer_expert_variance",
+        r"Var_l(\bar c_l)",
+        "model",
+        (0, inf),
+        "neutral",
+        "experts^2",
+        0,
+        0,
+        lambda f: layer_variance(f.counts),
+        None,
+        _SEED,
+    ),
+    (
+        "layer_consistency_score",
+        r"mean_l\, r(c_l, c_{l+1})",
+        "model",
+        (-1, 1),
+        "neutral",
+        "",
+        1,
+        None,
+        lambda f: layer_consistency(f.correlations),
+        lambda tokens, E, k: consistency_noise(tokens),
+        _OURS,
+    ),
+    (
+        "layer_consistency_per_pair",
+        r"r(c_l, c_{l+1})",
+        "layer",
+        (-1, 1),
+        "neutral",
+        "",
+        1,
+        None,
+        lambda f: f.correlations,
+        lambda tokens, E, k: consistency_noise(tokens),
+        _OURS,
+    ),
+)
 
 # %% ../../nbs/39_metrics.table.ipynb #cc9af538
 _overlap = lambda name: lambda f: None if getattr(f, name) is None else getattr(f, name).mean()
 _chance = lambda tokens, E, k: random_jaccard(round(k), round(k), E)
 
-_stability = _rows("stability",
-    ("expert_overlap_score", "mean Jaccard of the experts in two runs", "run", (0, 1), "higher", "share", 1, 0, _overlap("second_run"), _chance, _OURS),
-    ("output_determinism", "100 x share of equal token ids in two runs", "run", (0, 100), "higher", "%", 100, 0,
-     lambda f: None if f.outputs is None else output_determinism(*f.outputs), None, _OURS),
-    ("overlap_with_own_choice", "mean Jaccard with the top-k of the gate's logits, same forward", "model", (0, 1), "neutral", "share", 1, 0,
-     _overlap("own_choice"), _chance, "this book"),
-    ("overlap_with_own_run", "mean Jaccard with the unpatched model's experts", "run", (0, 1), "neutral", "share", 1, 0, _overlap("own_run"), _chance, "this book"))
+# %% ../../nbs/39_metrics.table.ipynb #2ef389f5
+_stability = _rows(
+    "stability",
+    (
+        "expert_overlap_score",
+        "mean Jaccard of the experts in two runs",
+        "run",
+        (0, 1),
+        "higher",
+        "share",
+        1,
+        0,
+        _overlap("second_run"),
+        _chance,
+        _OURS,
+    ),
+    (
+        "output_determinism",
+        "100 x share of equal token ids in two runs",
+        "run",
+        (0, 100),
+        "higher",
+        "%",
+        100,
+        0,
+        lambda f: None if f.outputs is None else output_determinism(*f.outputs),
+        None,
+        _OURS,
+    ),
+    (
+        "overlap_with_own_choice",
+        "mean Jaccard with the top-k of the gate's logits, same forward",
+        "model",
+        (0, 1),
+        "neutral",
+        "share",
+        1,
+        0,
+        _overlap("own_choice"),
+        _chance,
+        "this book",
+    ),
+    (
+        "overlap_with_own_run",
+        "mean Jaccard with the unpatched model's experts",
+        "run",
+        (0, 1),
+        "neutral",
+        "share",
+        1,
+        0,
+        _overlap("own_run"),
+        _chance,
+        "this book",
+    ),
+)
 
-_noise = _rows("noise", *[
-    (f"{name}_noise", f"{name} when experts are drawn at random, same counts and tokens", "model", (0, inf), "neutral", unit, None, None,
-     (lambda metric: lambda f: f.noise(metric).mean())(metric), None, "this book")
-    for name, metric, unit in (("load_cv", "load_cv", ""), ("max_violation", "max_violation", ""), ("load_gini", "load_gini", ""), ("load_entropy", "load_entropy", "share"),
-                               ("unused_experts", "unused_experts", "experts"), ("expert_utilization_mean", "expert_utilization", "share"))] + [
-    (f"{name}_noise", f"{name} when experts are drawn at random, same counts and tokens", "model", (0, inf), "neutral", unit, None, None,
-     (lambda metric: lambda f: f.noise_pooled(metric))(metric), None, "this book")
-    for name, metric, unit in (("load_cv_pooled", "load_cv", ""), ("max_violation_pooled", "max_violation", ""), ("gini_coefficient", "load_gini", ""),
-                               ("expert_utilization", "expert_utilization", "share"))] + [
-    ("overlap_with_own_choice_noise", "overlap with k random experts", "model", (0, 1), "neutral", "share", None, None,
-     lambda f: None if f.native_k is None else overlap_noise(f.all, f.native_k), None, "this book"),
-    ("layer_consistency_noise", "mean absolute consistency of independent counts", "model", (0, inf), "neutral", "", None, None,
-     lambda f: consistency_noise(f.tokens, f.L - 1) if f.L > 1 else None, None, "this book")])
+# %% ../../nbs/39_metrics.table.ipynb #443ee1ab
+_noise = _rows(
+    "noise",
+    *[
+        (
+            f"{name}_noise",
+            f"{name} when experts are drawn at random, same counts and tokens",
+            "model",
+            (0, inf),
+            "neutral",
+            unit,
+            None,
+            None,
+            (lambda metric: lambda f: f.noise(metric).mean())(metric),
+            None,
+            "this book",
+        )
+        for name, metric, unit in (
+            ("load_cv", "load_cv", ""),
+            ("max_violation", "max_violation", ""),
+            ("load_gini", "load_gini", ""),
+            ("load_entropy", "load_entropy", "share"),
+            ("unused_experts", "unused_experts", "experts"),
+            ("expert_utilization_mean", "expert_utilization", "share"),
+        )
+    ]
+    + [
+        (
+            f"{name}_noise",
+            f"{name} when experts are drawn at random, same counts and tokens",
+            "model",
+            (0, inf),
+            "neutral",
+            unit,
+            None,
+            None,
+            (lambda metric: lambda f: f.noise_pooled(metric))(metric),
+            None,
+            "this book",
+        )
+        for name, metric, unit in (
+            ("load_cv_pooled", "load_cv", ""),
+            ("max_violation_pooled", "max_violation", ""),
+            ("gini_coefficient", "load_gini", ""),
+            ("expert_utilization", "expert_utilization", "share"),
+        )
+    ]
+    + [
+        (
+            "overlap_with_own_choice_noise",
+            "overlap with k random experts",
+            "model",
+            (0, 1),
+            "neutral",
+            "share",
+            None,
+            None,
+            lambda f: None if f.native_k is None else overlap_noise(f.all, f.native_k),
+            None,
+            "this book",
+        ),
+        (
+            "layer_consistency_noise",
+            "mean absolute consistency of independent counts",
+            "model",
+            (0, inf),
+            "neutral",
+            "",
+            None,
+            None,
+            lambda f: consistency_noise(f.tokens, f.L - 1) if f.L > 1 else None,
+            None,
+            "this book",
+        ),
+    ],
+)
 
 # %% ../../nbs/39_metrics.table.ipynb #cbb0d862
 _load = lambda metric: (_layers(metric), lambda f: f.noise(metric))
-_part = lambda name, i: tuple((lambda which: lambda f: None if (values := getattr(f, which)) is None else values[:, i])(which) for which in (name, f"{name}_random"))
+_part = lambda name, i: tuple(
+    (lambda which: lambda f: None if (values := getattr(f, which)) is None else values[:, i])(which)
+    for which in (name, f"{name}_random")
+)
 _pair = lambda name: (lambda f: None if f.sums[name] is None else f.per(name), lambda f: f.per(f"{name}_random"))
 _if_gate = lambda value: lambda f: None if f.gate is None else value(f) * np.ones(f.L)
 _distinct = lambda tokens, E, k: (p2 := max(k * (k - 1), 0) / max(E * (E - 1), 1)) / (2 * k / E - p2)
 _random_vectors = lambda i: lambda tokens, E, k: float(random_similarity(E, 128)[i])
-_unrelated = lambda E, K, V: 1 - ((E - 1) / (2 * E)) ** .5
+_unrelated = lambda E, K, V: 1 - ((E - 1) / (2 * E)) ** 0.5
 _5_5 = "seed 001"
 
-_LAYERED = [     # name, category, formula, range, direction, unit, even, collapsed, (value, by chance), noise floor, source
-    ("unused_expert_rate", "distribution", r"|\{e: n_{l,e} = 0\}| / E", (0, 1), "lower", "share", 0, lambda E, K, V: 1 - K / E, _load("unused_expert_rate"), _floor("unused_expert_rate"), _5_5),
-    ("served_cv", "capacity", "std / mean of the slots served (population)", (0, inf), "lower", "", 0, _cv, _load("load_cv"), _floor("load_cv"), "seed 004"),
-    ("demand_cv", "capacity", "std / mean of the slots asked for, before any refusal (population)", (0, inf), "lower", "", 0, _cv,
-     (lambda f: None if f.sums["demand"] is None else cv(f.sums["demand"]), lambda f: f.demand_noise), _floor("load_cv"), "seed 004"),
-    ("drop_rate", "capacity", "share of the slots asked for that are refused", (0, 1), "lower", "share", 0, None,
-     (lambda f: None if f.sums["refusals"] is None else 1 - f.per("refusals", 1, 0), None), None, "seed 004"),
-    ("orphan_rate", "capacity", "share of the asking tokens that no expert serves", (0, 1), "lower", "share", 0, None, (lambda f: f.per("refusals", 3, 2), None), None, "seed 004"),
-    ("expert_overlap", "specialisation", r"mean_{e<f} |V_e \cap V_f| / |V_e \cup V_f| of the token ids of used experts", (0, 1), "lower", "share", None, 1, _part("overlap", 0), _distinct, "corrects seed 001"),
-    ("expert_overlap_seed", "specialisation", "the same over all pairs; two unused experts count as 1", (0, 1), "lower", "share", None,
-     lambda E, K, V: (comb(K, 2) + comb(E - K, 2)) / comb(E, 2), _part("overlap", 1), _distinct, _5_5),
-    ("gram_orthogonality", "specialisation", r"1 - \|G - I\|_F / (E \sqrt 2); by chance: R = 128", (0, 1), "higher", "", 1, _unrelated, _part("similarity", 0), _random_vectors(0), _5_5),
-    ("similarity_abs", "specialisation", r"mean_{e \ne f} |G_{ef}|; by chance: R = 128", (0, 1), "lower", "", 0, 1, _part("similarity", 1), _random_vectors(1), "this book"),
-    ("similarity_mean", "specialisation", r"mean_{e \ne f} G_{ef}; by chance: R = 128", (-1, 1), "lower", "", 0, 1, _part("similarity", 2), _random_vectors(2), _5_5),
-    ("similarity_max", "specialisation", r"\max_{e \ne f} G_{ef}; by chance: R = 128", (-1, 1), "lower", "", 0, 1, _part("similarity", 3), _random_vectors(3), _5_5),
-    ("similarity_std", "specialisation", r"\sigma_{e \ne f} G_{ef}; by chance: R = 128", (0, 1), "neutral", "", 0, 0, _part("similarity", 4), _random_vectors(4), _5_5),
-    ("confidence", "behaviour", r"mean \max_k w_k / \sum w", (0, 1), "neutral", "share", lambda E, K, V: sum(1 / j for j in range(1, K + 1)) / K, lambda E, K, V: 1 / K,
-     (lambda f: confidence(f.sums["confidence"]), lambda f: confidence_even(f.sums["confidence"])), lambda tokens, E, k: 1 / max(k, 1), "corrects seed 001"),
-    ("confidence_seed", "behaviour", r"mean H(w / \sum w) / \ln c, tokens with c > 1: high = less sure", (0, 1), "neutral", "share", 1, 1,
-     (lambda f: confidence_seed(f.sums["confidence"]), lambda f: 0 * confidence_seed(f.sums["confidence"]) + 1), lambda tokens, E, k: 1, _5_5),
-    ("checkpoint_consistency", "stability", "mean Jaccard with the experts at the checkpoint before, same tokens", (0, 1), "neutral", "share", 1, 0,
-     (lambda f: f.previous, lambda f: f.per("previous_random")), _chance, _5_5),
-    ("sequential_overlap", "stability", "mean Jaccard of consecutive tokens inside a sequence", (0, 1), "neutral", "share", None, 1, _pair("sequential"), _chance, _5_5)]
+# %% ../../nbs/39_metrics.table.ipynb #4a599515
+_LAYERED = [  # name, category, formula, range, direction, unit, even, collapsed, (value, by chance), noise floor, source
+    (
+        "unused_expert_rate",
+        "distribution",
+        r"|\{e: n_{l,e} = 0\}| / E",
+        (0, 1),
+        "lower",
+        "share",
+        0,
+        lambda E, K, V: 1 - K / E,
+        _load("unused_expert_rate"),
+        _floor("unused_expert_rate"),
+        _5_5,
+    ),
+    (
+        "served_cv",
+        "capacity",
+        "std / mean of the slots served (population)",
+        (0, inf),
+        "lower",
+        "",
+        0,
+        _cv,
+        _load("load_cv"),
+        _floor("load_cv"),
+        "seed 004",
+    ),
+    (
+        "demand_cv",
+        "capacity",
+        "std / mean of the slots asked for, before any refusal (population)",
+        (0, inf),
+        "lower",
+        "",
+        0,
+        _cv,
+        (lambda f: None if f.sums["demand"] is None else cv(f.sums["demand"]), lambda f: f.demand_noise),
+        _floor("load_cv"),
+        "seed 004",
+    ),
+    (
+        "drop_rate",
+        "capacity",
+        "share of the slots asked for that are refused",
+        (0, 1),
+        "lower",
+        "share",
+        0,
+        None,
+        (lambda f: None if f.sums["refusals"] is None else 1 - f.per("refusals", 1, 0), None),
+        None,
+        "seed 004",
+    ),
+    (
+        "orphan_rate",
+        "capacity",
+        "share of the asking tokens that no expert serves",
+        (0, 1),
+        "lower",
+        "share",
+        0,
+        None,
+        (lambda f: f.per("refusals", 3, 2), None),
+        None,
+        "seed 004",
+    ),
+    (
+        "expert_overlap",
+        "specialisation",
+        r"mean_{e<f} |V_e \cap V_f| / |V_e \cup V_f| of the token ids of used experts",
+        (0, 1),
+        "lower",
+        "share",
+        None,
+        1,
+        _part("overlap", 0),
+        _distinct,
+        "corrects seed 001",
+    ),
+    (
+        "expert_overlap_seed",
+        "specialisation",
+        "the same over all pairs; two unused experts count as 1",
+        (0, 1),
+        "lower",
+        "share",
+        None,
+        lambda E, K, V: (comb(K, 2) + comb(E - K, 2)) / comb(E, 2),
+        _part("overlap", 1),
+        _distinct,
+        _5_5,
+    ),
+    (
+        "gram_orthogonality",
+        "specialisation",
+        r"1 - \|G - I\|_F / (E \sqrt 2); by chance: R = 128",
+        (0, 1),
+        "higher",
+        "",
+        1,
+        _unrelated,
+        _part("similarity", 0),
+        _random_vectors(0),
+        _5_5,
+    ),
+    (
+        "similarity_abs",
+        "specialisation",
+        r"mean_{e \ne f} |G_{ef}|; by chance: R = 128",
+        (0, 1),
+        "lower",
+        "",
+        0,
+        1,
+        _part("similarity", 1),
+        _random_vectors(1),
+        "this book",
+    ),
+    (
+        "similarity_mean",
+        "specialisation",
+        r"mean_{e \ne f} G_{ef}; by chance: R = 128",
+        (-1, 1),
+        "lower",
+        "",
+        0,
+        1,
+        _part("similarity", 2),
+        _random_vectors(2),
+        _5_5,
+    ),
+    (
+        "similarity_max",
+        "specialisation",
+        r"\max_{e \ne f} G_{ef}; by chance: R = 128",
+        (-1, 1),
+        "lower",
+        "",
+        0,
+        1,
+        _part("similarity", 3),
+        _random_vectors(3),
+        _5_5,
+    ),
+    (
+        "similarity_std",
+        "specialisation",
+        r"\sigma_{e \ne f} G_{ef}; by chance: R = 128",
+        (0, 1),
+        "neutral",
+        "",
+        0,
+        0,
+        _part("similarity", 4),
+        _random_vectors(4),
+        _5_5,
+    ),
+    (
+        "confidence",
+        "behaviour",
+        r"mean \max_k w_k / \sum w",
+        (0, 1),
+        "neutral",
+        "share",
+        lambda E, K, V: sum(1 / j for j in range(1, K + 1)) / K,
+        lambda E, K, V: 1 / K,
+        (lambda f: confidence(f.sums["confidence"]), lambda f: confidence_even(f.sums["confidence"])),
+        lambda tokens, E, k: 1 / max(k, 1),
+        "corrects seed 001",
+    ),
+    (
+        "confidence_seed",
+        "behaviour",
+        r"mean H(w / \sum w) / \ln c, tokens with c > 1: high = less sure",
+        (0, 1),
+        "neutral",
+        "share",
+        1,
+        1,
+        (lambda f: confidence_seed(f.sums["confidence"]), lambda f: 0 * confidence_seed(f.sums["confidence"]) + 1),
+        lambda tokens, E, k: 1,
+        _5_5,
+    ),
+    (
+        "checkpoint_consistency",
+        "stability",
+        "mean Jaccard with the experts at the checkpoint before, same tokens",
+        (0, 1),
+        "neutral",
+        "share",
+        1,
+        0,
+        (lambda f: f.previous, lambda f: f.per("previous_random")),
+        _chance,
+        _5_5,
+    ),
+    (
+        "sequential_overlap",
+        "stability",
+        "mean Jaccard of consecutive tokens inside a sequence",
+        (0, 1),
+        "neutral",
+        "share",
+        None,
+        1,
+        _pair("sequential"),
+        _chance,
+        _5_5,
+    ),
+]
 
-LAYERED: dict[str, tuple] = {                   # name -> (value, by chance or None), each from facts to (L,) or None
-    **{name: _load(name) for name in LOAD_METRICS}, **{row[0]: row[8] for row in _LAYERED},
-    "routing_entropy": (_if_gate(lambda f: f.gate[:, 0]), _if_gate(lambda f: log(f.E))), "top1_probability": (_if_gate(lambda f: f.gate[:, 1]), _if_gate(lambda f: 1 / f.E)),
+# %% ../../nbs/39_metrics.table.ipynb #ff96e364
+LAYERED: dict[str, tuple] = {  # name -> (value, by chance or None), each from facts to (L,) or None
+    **{name: _load(name) for name in LOAD_METRICS},
+    **{row[0]: row[8] for row in _LAYERED},
+    "routing_entropy": (_if_gate(lambda f: f.gate[:, 0]), _if_gate(lambda f: log(f.E))),
+    "top1_probability": (_if_gate(lambda f: f.gate[:, 1]), _if_gate(lambda f: 1 / f.E)),
     "used_mass": (_if_gate(lambda f: f.gate[:, 2]), _if_gate(lambda f: mean_count(f.counts) / f.E)),
-    "overlap_with_own_choice": (lambda f: f.own_choice, lambda f: None if f.own_choice is None else np.array([overlap_noise(h, f.native_k) for h in f.counts])),
-    "expert_overlap_score": (lambda f: f.second_run, lambda f: f.per("second_run_random")), "overlap_with_own_run": (lambda f: f.own_run, lambda f: f.per("own_run_random"))}
+    "overlap_with_own_choice": (
+        lambda f: f.own_choice,
+        lambda f: None if f.own_choice is None else np.array([overlap_noise(h, f.native_k) for h in f.counts]),
+    ),
+    "expert_overlap_score": (lambda f: f.second_run, lambda f: f.per("second_run_random")),
+    "overlap_with_own_run": (lambda f: f.own_run, lambda f: f.per("own_run_random")),
+}
 
-def _average(value): return lambda f: None if (x := value(f)) is None else x.mean()
 
-_layered = [metric for n, category, formula, *ends, (value, chance), floor, source in _LAYERED for metric in (
-    _rows(category, (n, "mean over layers of " + formula, "model", *ends, _average(value), floor, source), (f"{n}_per_layer", formula, "layer", *ends, value, floor, source)) +
-    ([] if chance is None else _rows("noise", (f"{n}_noise", f"{n} by chance, same loads, counts, token ids and widths", "model", (min(ends[0][0], 0), inf), "neutral", ends[2], None, None,
-                                               _average(chance), None, "this book"))))]
-_layered += [m for n in ("load_cv_sample", "load_gini", "load_entropy", "routing_entropy") for m in _distribution + _behaviour if m.name == n
-             for m in [replace(m, name=f"{n}_per_layer", level="layer", value=(lambda n: lambda f: LAYERED[n][0](f) if f.E > 1 or n != "load_cv_sample" else None)(n))]]
+def _average(value):
+    return lambda f: None if (x := value(f)) is None else x.mean()
+
+# %% ../../nbs/39_metrics.table.ipynb #5d7c1de7
+_layered = [
+    metric
+    for n, category, formula, *ends, (value, chance), floor, source in _LAYERED
+    for metric in (
+        _rows(
+            category,
+            (n, "mean over layers of " + formula, "model", *ends, _average(value), floor, source),
+            (f"{n}_per_layer", formula, "layer", *ends, value, floor, source),
+        )
+        + (
+            []
+            if chance is None
+            else _rows(
+                "noise",
+                (
+                    f"{n}_noise",
+                    f"{n} by chance, same loads, counts, token ids and widths",
+                    "model",
+                    (min(ends[0][0], 0), inf),
+                    "neutral",
+                    ends[2],
+                    None,
+                    None,
+                    _average(chance),
+                    None,
+                    "this book",
+                ),
+            )
+        )
+    )
+]
+
+# %% ../../nbs/39_metrics.table.ipynb #b9d901e8
+_layered += [
+    m
+    for n in ("load_cv_sample", "load_gini", "load_entropy", "routing_entropy")
+    for m in _distribution + _behaviour
+    if m.name == n
+    for m in [
+        replace(
+            m,
+            name=f"{n}_per_layer",
+            level="layer",
+            value=(lambda n: lambda f: LAYERED[n][0](f) if f.E > 1 or n != "load_cv_sample" else None)(n),
+        )
+    ]
+]
 
 # %% ../../nbs/39_metrics.table.ipynb #cfbc77d9
-METRICS: dict[str, Metric] = {m.name: m for m in _quality + _efficiency + _speed + _distribution + _behaviour + _constraint + _cross_layer + _stability + _noise + _layered}
+METRICS: dict[str, Metric] = {
+    m.name: m
+    for m in _quality
+    + _efficiency
+    + _speed
+    + _distribution
+    + _behaviour
+    + _constraint
+    + _cross_layer
+    + _stability
+    + _noise
+    + _layered
+}
 
 # %% ../../nbs/39_metrics.table.ipynb #c3c57a1c
 def _plain(value):
     "What JSON can hold: floats, ints, lists, None for what is undefined."
-    if value is None: return None
-    if np.ndim(value): return [_plain(v) for v in value]
+    if value is None:
+        return None
+    if np.ndim(value):
+        return [_plain(v) for v in value]
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and value != value else value
 
 # %% ../../nbs/39_metrics.table.ipynb #cef7e2e4
-def summarise(source,                            # a block (L Routings), an iterable of blocks (a trace), or a Tally
-              *, baseline=None,                  # a second source: a real second run on the same tokens
-              own=None,                          # a source: the unpatched model on the same tokens
-              previous=None,                     # a source: the same tokens at the checkpoint before
-              contexts=None,                     # Context of a block, or one for each: padding is left out, token ids and neighbours become known
-              representations=None,              # (L, E, R) expert vectors; default: what the records carry
-              k_floor: int = 1,                  # fewest experts the router may use
-              k_ceiling: int | None = None,      # most experts it may use; default: the most it did use
-              native_k: int | None = None,       # the model's own experts per token; default: from the configuration
-              config_or_model=None,              # for FLOPs: a transformers model or configuration
-              context_length: float = 512,       # for FLOPs: positions a token attends to, on average
-              outputs: tuple | None = None,      # token ids of the outputs of two real runs
-              quality: dict | None = None,       # nll and tokens (S,), accuracies, accuracies_seed; or finished values by metric name
-              speed: dict | None = None,         # tokens and seconds without recording; tokens_seed and seconds_seed with it
-             ) -> dict[str, object]:             # every name of METRICS -> float, int, list (one value a layer) or None
+def summarise(
+    source,  # a block (L Routings), an iterable of blocks (a trace), or a Tally
+    *,
+    baseline=None,  # a second source: a real second run on the same tokens
+    own=None,  # a source: the unpatched model on the same tokens
+    previous=None,  # a source: the same tokens at the checkpoint before
+    contexts=None,  # Context of a block, or one for each: padding is left out, token ids and neighbours become known
+    representations=None,  # (L, E, R) expert vectors; default: what the records carry
+    k_floor: int = 1,  # fewest experts the router may use
+    k_ceiling: int | None = None,  # most experts it may use; default: the most it did use
+    native_k: int | None = None,  # the model's own experts per token; default: from the configuration
+    config_or_model=None,  # for FLOPs: a transformers model or configuration
+    context_length: float = 512,  # for FLOPs: positions a token attends to, on average
+    outputs: tuple | None = None,  # token ids of the outputs of two real runs
+    quality: dict | None = None,  # nll and tokens (S,), accuracies, accuracies_seed; or finished values by metric name
+    speed: dict | None = None,  # tokens and seconds without recording; tokens_seed and seconds_seed with it
+) -> dict[str, object]:  # every name of METRICS -> float, int, list (one value a layer) or None
     "All metrics of a run in one pass. Raises ValueError for an empty source, blocks that do not match, or contradicting limits."
-    if native_k is None and config_or_model is not None: native_k = own_k(config_or_model)
+    if native_k is None and config_or_model is not None:
+        native_k = own_k(config_or_model)
     t = tally(source, native_k, baseline, own, contexts, representations, previous)
     facts = Facts(t, k_floor, k_ceiling, config_or_model, context_length, outputs, quality, speed)
     return {name: _plain(metric.value(facts)) for name, metric in METRICS.items()}
 
 # %% ../../nbs/39_metrics.table.ipynb #c54d05f1
-def per_layer(source,                        # as in `summarise`; pass a Tally to read a source only once
-              native_k: int | None = None,   # the model's own experts per token
-              **more,                        # contexts, representations, previous, second_run, own_run, as in `tally`
-             ) -> list[dict]:                # one row for each MoE layer; what is unknown is None
+def per_layer(
+    source,  # as in `summarise`; pass a Tally to read a source only once
+    native_k: int | None = None,  # the model's own experts per token
+    **more,  # contexts, representations, previous, second_run, own_run, as in `tally`
+) -> list[dict]:  # one row for each MoE layer; what is unknown is None
     "The metrics of each layer; beside each that has one, as `<name>_random`, what chance alone gives there."
     f = Facts(tally(source, native_k, **more))
     smallest, largest = extreme_counts(f.counts)
-    columns = {"layer": np.arange(f.L), "tokens": np.full(f.L, f.tokens), "effective_k": mean_count(f.counts), "count_std": std_count(f.counts),
-               "count_min": smallest, "count_max": largest, "weight_sum_mean": f.weight_mean, "weight_sum_std": f.weight_std}
+    columns = {
+        "layer": np.arange(f.L),
+        "tokens": np.full(f.L, f.tokens),
+        "effective_k": mean_count(f.counts),
+        "count_std": std_count(f.counts),
+        "count_min": smallest,
+        "count_max": largest,
+        "weight_sum_mean": f.weight_mean,
+        "weight_sum_std": f.weight_std,
+    }
     for name, (value, chance) in LAYERED.items():
-        if f.E < 2 and name == "load_cv_sample": continue
+        if f.E < 2 and name == "load_cv_sample":
+            continue
         columns[name] = value(f)
-        if chance is not None: columns[f"{name}_random"] = None if columns[name] is None else chance(f)
+        if chance is not None:
+            columns[f"{name}_random"] = None if columns[name] is None else chance(f)
     columns |= {f"{name}_noise": columns[f"{name}_random"] for name in ("load_cv", "max_violation", "load_gini")}
-    return [{name: None if values is None else _plain(values[l]) for name, values in columns.items()} for l in range(f.L)]
+    return [
+        {name: None if values is None else _plain(values[l]) for name, values in columns.items()} for l in range(f.L)
+    ]
 
 # %% ../../nbs/39_metrics.table.ipynb #c788e339
-def metric_table(num_experts: int = 64,    # E, for the values at both extremes
-                 k_ceiling: int = 8,       # K
-                 vocabulary: int = 50304,  # V
-                 tokens: int = 8192,       # for the noise floors
-                ):                         # pandas DataFrame, one row a metric
+def metric_table(
+    num_experts: int = 64,  # E, for the values at both extremes
+    k_ceiling: int = 8,  # K
+    vocabulary: int = 50304,  # V
+    tokens: int = 8192,  # for the noise floors
+):  # pandas DataFrame, one row a metric
     "METRICS as a table: what each metric is, and what it reads at the extremes and by chance."
     from pandas import DataFrame
+
     at, show = (num_experts, k_ceiling, vocabulary), lambda x: "" if x is None else f"{x:.3g}"
-    return DataFrame([{"category": m.category, "metric": m.name, "formula": m.formula, "level": m.level, "range": f"{m.low:g} .. {m.high:g}", "better": m.direction,
-                       "unit": m.unit, "even": show(m.perfect(*at)), "collapsed": show(m.collapsed(*at)),
-                       "by chance": show(m.noise_floor and m.noise_floor(tokens, num_experts, k_ceiling)), "source": m.source} for m in METRICS.values()])
+    return DataFrame(
+        [
+            {
+                "category": m.category,
+                "metric": m.name,
+                "formula": m.formula,
+                "level": m.level,
+                "range": f"{m.low:g} .. {m.high:g}",
+                "better": m.direction,
+                "unit": m.unit,
+                "even": show(m.perfect(*at)),
+                "collapsed": show(m.collapsed(*at)),
+                "by chance": show(m.noise_floor and m.noise_floor(tokens, num_experts, k_ceiling)),
+                "source": m.source,
+            }
+            for m in METRICS.values()
+        ]
+    )

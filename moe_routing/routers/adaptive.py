@@ -15,26 +15,30 @@ from ..core import GateView, Routing, as_view, in_range
 from .topk import Selector, check_counts, rank_keys
 
 # %% ../../nbs/11_routers.adaptive.ipynb #cceac278
-def ranked_probs(view: GateView,                 # of one gate
-                ) -> tuple[Tensor, Tensor]:      # keys (T, E) of `rank_keys`, probabilities (T, E) float32 in that order
+def ranked_probs(
+    view: GateView,  # of one gate
+) -> tuple[Tensor, Tensor]:  # keys (T, E) of `rank_keys`, probabilities (T, E) float32 in that order
     "Softmax probabilities of each token's experts, in the order in which the gate ranks them."
     keys = rank_keys(view.choice)
     logits = view.logits.detach()
-    if view.choice is not view.logits: logits = logits.masked_fill(view.choice == float("-inf"), torch.finfo(torch.float32).min)
+    if view.choice is not view.logits:
+        logits = logits.masked_fill(view.choice == float("-inf"), torch.finfo(torch.float32).min)
     return keys, logits.softmax(-1).gather(1, keys & 0xFFFF)
 
 # %% ../../nbs/11_routers.adaptive.ipynb #cfea97f2
 @dataclass(frozen=True)
 class TopP(Selector):
     "The fewest experts whose probabilities sum to at least p."
-    p: float                     # share of the probability, in (0, 1]
-    min_k: int = 1               # fewest experts
-    max_k: int | None = None     # most experts; None: all
+
+    p: float  # share of the probability, in (0, 1]
+    min_k: int = 1  # fewest experts
+    max_k: int | None = None  # most experts; None: all
 
     def __post_init__(self):
         super().__post_init__()
         in_range(self.p, 0, 1, "p", open_low=True)
         check_counts(self.min_k, self.max_k)
+
     def decide(self, view: GateView) -> Routing:
         check_counts(self.min_k, self.max_k, view.num_experts)
         width = self.max_k or view.num_experts
@@ -46,14 +50,16 @@ class TopP(Selector):
 @dataclass(frozen=True)
 class Threshold(Selector):
     "Every expert whose softmax probability is at least a threshold."
-    threshold: float             # smallest probability that is enough, in (0, 1)
-    min_k: int = 1               # fewest experts
-    max_k: int | None = None     # most experts; None: all
+
+    threshold: float  # smallest probability that is enough, in (0, 1)
+    min_k: int = 1  # fewest experts
+    max_k: int | None = None  # most experts; None: all
 
     def __post_init__(self):
         super().__post_init__()
         in_range(self.threshold, 0, 1, "threshold", open_low=True, open_high=True)
         check_counts(self.min_k, self.max_k)
+
     def decide(self, view: GateView) -> Routing:
         check_counts(self.min_k, self.max_k, view.num_experts)
         width = self.max_k or view.num_experts
@@ -65,16 +71,29 @@ class Threshold(Selector):
 @dataclass(frozen=True)
 class EntropyBands(Selector):
     "A number of experts read from a table by the token's own largest probability."
-    limits: tuple[float, ...] = (.7, .5, .3)   # falling; the first one that the largest probability exceeds names the band
-    ks: tuple[int, ...] | None = None          # experts in each band and below the last limit; None: k/2, k, 2k, 4k of the model's own k, at most E
+
+    limits: tuple[float, ...] = (
+        0.7,
+        0.5,
+        0.3,
+    )  # falling; the first one that the largest probability exceeds names the band
+    ks: tuple[int, ...] | None = (
+        None  # experts in each band and below the last limit; None: k/2, k, 2k, 4k of the model's own k, at most E
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        for limit in self.limits: in_range(limit, 0, 1, "a limit of the bands")
-        if list(self.limits) != sorted(set(self.limits), reverse=True): raise ValueError(f"limits must fall, got {self.limits}")
-        if self.ks is None and len(self.limits) != 3: raise ValueError(f"ks must be given for {len(self.limits)} limits: the default is for three")
-        if self.ks is not None and len(self.ks) != len(self.limits) + 1: raise ValueError(f"{len(self.limits)} limits make {len(self.limits) + 1} bands, got ks = {self.ks}")
-        for k in self.ks or (): in_range(k, 1, float("inf"), "k of a band")
+        for limit in self.limits:
+            in_range(limit, 0, 1, "a limit of the bands")
+        if list(self.limits) != sorted(set(self.limits), reverse=True):
+            raise ValueError(f"limits must fall, got {self.limits}")
+        if self.ks is None and len(self.limits) != 3:
+            raise ValueError(f"ks must be given for {len(self.limits)} limits: the default is for three")
+        if self.ks is not None and len(self.ks) != len(self.limits) + 1:
+            raise ValueError(f"{len(self.limits)} limits make {len(self.limits) + 1} bands, got ks = {self.ks}")
+        for k in self.ks or ():
+            in_range(k, 1, float("inf"), "k of a band")
+
     def decide(self, view: GateView) -> Routing:
         E, k = view.num_experts, view.k
         ks = self.ks or [max(1, min(E, n)) for n in (k // 2, k, 2 * k, 4 * k)]
@@ -95,26 +114,33 @@ def _sample(logits: Tensor, target_k: float, min_k: int, max_k: int | None) -> t
     return ranked_probs(as_view(rows))[1], max_k, round((target_k - min_k) * len(rows))
 
 # %% ../../nbs/11_routers.adaptive.ipynb #cdce2c08
-def calibrate_top_p(logits: Tensor,           # (T, L, E) or (T, E) calibration logits, valid rows only
-                    target_k: float,          # mean experts per token and layer
-                    min_k: int = 1, max_k: int | None = None,   # as in the rule
-                   ) -> float:                # p
+def calibrate_top_p(
+    logits: Tensor,  # (T, L, E) or (T, E) calibration logits, valid rows only
+    target_k: float,  # mean experts per token and layer
+    min_k: int = 1,
+    max_k: int | None = None,  # as in the rule
+) -> float:  # p
     "The p with which `TopP` uses `target_k` experts on average over the calibration logits, as near as ties allow."
     probs, max_k, wanted = _sample(logits, target_k, min_k, max_k)
-    sums = probs.cumsum(-1)[:, min_k - 1:max_k - 1].flatten().sort().values
-    if wanted == 0: return float(min(sums[0], 1)) if len(sums) else 1.0
-    p = sums[wanted - 1].nextafter(torch.tensor(2.))       # the smallest p that lies above `wanted` of the sums
+    sums = probs.cumsum(-1)[:, min_k - 1 : max_k - 1].flatten().sort().values
+    if wanted == 0:
+        return float(min(sums[0], 1)) if len(sums) else 1.0
+    p = sums[wanted - 1].nextafter(torch.tensor(2.0))  # the smallest p that lies above `wanted` of the sums
     return float(p.clamp(max=1))
 
 # %% ../../nbs/11_routers.adaptive.ipynb #c2fc646d
-def calibrate_threshold(logits: Tensor,       # (T, L, E) or (T, E) calibration logits, valid rows only
-                        target_k: float,      # mean experts per token and layer
-                        min_k: int = 1, max_k: int | None = None,   # as in the rule
-                       ) -> float:            # threshold
+def calibrate_threshold(
+    logits: Tensor,  # (T, L, E) or (T, E) calibration logits, valid rows only
+    target_k: float,  # mean experts per token and layer
+    min_k: int = 1,
+    max_k: int | None = None,  # as in the rule
+) -> float:  # threshold
     "The threshold with which `Threshold` uses `target_k` experts on average over the calibration logits, as near as ties allow."
     probs, max_k, wanted = _sample(logits, target_k, min_k, max_k)
     heights = probs[:, min_k:max_k].flatten().sort(descending=True).values
-    if wanted: bar = heights[wanted - 1]
-    else: bar = heights[0].nextafter(torch.tensor(2.)) if len(heights) else torch.tensor(.5)
+    if wanted:
+        bar = heights[wanted - 1]
+    else:
+        bar = heights[0].nextafter(torch.tensor(2.0)) if len(heights) else torch.tensor(0.5)
     tiny, almost = torch.finfo(torch.float32).tiny, 1 - 2**-24
     return float(bar.clamp(tiny, almost))

@@ -19,35 +19,42 @@ from torch.nn.functional import pad
 from ..core import Context, GateView, Router, Routing, Rule, as_view, in_range, known, one_past_last
 
 # %% ../../nbs/17_routers.balance.ipynb #c2dcf1b2
-def alone(x: Tensor) -> Tensor:   # (N, ...) -> (N, ...)
+def alone(x: Tensor) -> Tensor:  # (N, ...) -> (N, ...)
     "The gather of a single process: what it has is everything."
     return x
 
-def mean_over_processes(total: Tensor,        # (...) a sum over this process's tokens, with its graph
-                        count: int,           # how many tokens it summed
-                        gather: Callable[[Tensor], Tensor] = alone,   # concatenates over processes along dim 0
-                       ) -> Tensor:           # (...), the same value in every process
+
+def mean_over_processes(
+    total: Tensor,  # (...) a sum over this process's tokens, with its graph
+    count: int,  # how many tokens it summed
+    gather: Callable[[Tensor], Tensor] = alone,  # concatenates over processes along dim 0
+) -> Tensor:  # (...), the same value in every process
     "A mean over all tokens of all processes, whose gradient is right once gradients are averaged over processes."
-    parts = gather(torch.cat([total.detach().reshape(-1), total.new_tensor([float(count)])])[None])     # (W, n + 1)
+    parts = gather(torch.cat([total.detach().reshape(-1), total.new_tensor([float(count)])])[None])  # (W, n + 1)
     whole = parts.sum(0)
     return (whole[:-1].view_as(total) + len(parts) * (total - total.detach())) / whole[-1].clamp_min(1)
 
 # %% ../../nbs/17_routers.balance.ipynb #caf6fd12
-def demanded(routing: Routing,
-             valid: Tensor | None = None,   # (T,) bool, False for padding
-            ) -> Tensor:                    # (E,) int64
+def demanded(
+    routing: Routing,
+    valid: Tensor | None = None,  # (T,) bool, False for padding
+) -> Tensor:  # (E,) int64
     "Tokens that asked for each expert, before any capacity; padding does not count."
-    if "demand" in routing.extras: return routing.extras["demand"].long()
+    if "demand" in routing.extras:
+        return routing.extras["demand"].long()
     experts = routing.experts if valid is None else routing.experts[valid]
     return torch.bincount(experts.reshape(-1), minlength=routing.num_experts + 1)[:-1]
+
 
 def _valid_logits(routing: Routing, valid: Tensor | None) -> Tensor:
     return routing.logits if valid is None else routing.logits[valid]
 
-def mean_probabilities(routing: Routing,
-                       valid: Tensor | None = None,                  # (T,) bool
-                       gather: Callable[[Tensor], Tensor] = alone,
-                      ) -> Tensor:                                   # (E,)
+
+def mean_probabilities(
+    routing: Routing,
+    valid: Tensor | None = None,  # (T,) bool
+    gather: Callable[[Tensor], Tensor] = alone,
+) -> Tensor:  # (E,)
     "The mean softmax probability of each expert, over the valid tokens of all processes."
     logits = _valid_logits(routing, valid)
     return mean_over_processes(logits.softmax(-1).sum(0), len(logits), gather)
@@ -59,18 +66,22 @@ def aux_loss(routing: Routing, valid: Tensor | None = None, gather: Callable = a
     P = mean_probabilities(routing, valid, gather)
     return routing.num_experts * (demand.to(P) / demand.sum().clamp_min(1) * P).sum()
 
+
 def z_loss(routing: Routing, valid: Tensor | None = None, gather: Callable = alone) -> Tensor:
     "Mean squared log-sum-exp of the logits: keeps them small (arXiv 2202.08906)."
     logits = _valid_logits(routing, valid)
     return mean_over_processes(logits.logsumexp(-1).square().sum(), len(logits), gather)
 
+
 def importance_loss(routing: Routing, valid: Tensor | None = None, gather: Callable = alone) -> Tensor:
     "Squared coefficient of variation of the experts' total probability (arXiv 1701.06538)."
     return routing.num_experts * mean_probabilities(routing, valid, gather).square().sum() - 1
 
+
 def entropy_loss(routing: Routing, valid: Tensor | None = None, gather: Callable = alone) -> Tensor:
     "How many nats the entropy of the mean probabilities falls short of log E."
     return math.log(routing.num_experts) - torch.special.entr(mean_probabilities(routing, valid, gather)).sum()
+
 
 def aux_as_shipped(routing: Routing, valid: Tensor | None = None, gather: Callable = alone) -> Tensor:
     "Squared distance of the kept tokens' shares from even, from integer counts: no gradient reaches anything."
@@ -79,43 +90,70 @@ def aux_as_shipped(routing: Routing, valid: Tensor | None = None, gather: Callab
     return (kept / kept.sum().clamp_min(1) - 1 / routing.num_experts).square().sum()
 
 # %% ../../nbs/17_routers.balance.ipynb #c4846622
-LOSSES: dict[str, Callable] = {    # name -> f(routing, valid=None, gather=alone) -> scalar
-    "aux": aux_loss, "z": z_loss, "importance": importance_loss, "entropy": entropy_loss, "aux_as_shipped": aux_as_shipped}
+LOSSES: dict[str, Callable] = {  # name -> f(routing, valid=None, gather=alone) -> scalar
+    "aux": aux_loss,
+    "z": z_loss,
+    "importance": importance_loss,
+    "entropy": entropy_loss,
+    "aux_as_shipped": aux_as_shipped,
+}
 
-def router_losses(routing: Routing,
-                  losses: dict[str, float],               # name in LOSSES -> coefficient, as in `Router.losses`
-                  valid: Tensor | None = None,            # (T,) bool, False for padding
-                  gather: Callable[[Tensor], Tensor] = alone,
-                 ) -> dict[str, Tensor]:                  # name -> coefficient times loss
+
+def router_losses(
+    routing: Routing,
+    losses: dict[str, float],  # name in LOSSES -> coefficient, as in `Router.losses`
+    valid: Tensor | None = None,  # (T,) bool, False for padding
+    gather: Callable[[Tensor], Tensor] = alone,
+) -> dict[str, Tensor]:  # name -> coefficient times loss
     "The auxiliary losses of one layer, each times its coefficient; add them to the training loss. A router's own losses are among its extras."
     own = routing.extras.get("losses", {})
-    return {name: c * (own[name] if name in own else LOSSES[known(name, LOSSES, "auxiliary loss")](routing, valid, gather)) for name, c in losses.items()}
+    return {
+        name: c * (own[name] if name in own else LOSSES[known(name, LOSSES, "auxiliary loss")](routing, valid, gather))
+        for name, c in losses.items()
+    }
 
 # %% ../../nbs/17_routers.balance.ipynb #cd2bd2e3
-def gather_rows(rows: Tensor,                          # (N, E) float of this process; N may differ between processes
-                gather: Callable[[Tensor], Tensor],    # needs the same shape in every process
-               ) -> Tensor:                            # (sum of N, E)
+def gather_rows(
+    rows: Tensor,  # (N, E) float of this process; N may differ between processes
+    gather: Callable[[Tensor], Tensor],  # needs the same shape in every process
+) -> Tensor:  # (sum of N, E)
     "Gather tensors with different numbers of rows: pad with NaN rows, gather, drop them."
     widest = int(gather(torch.tensor([len(rows)], device=rows.device)).max())
     whole = gather(pad(rows, (0, 0, 0, widest - len(rows)), value=float("nan")))
     return whole[~whole[:, 0].isnan()]
 
+# %% ../../nbs/17_routers.balance.ipynb #6fcf43e8
 class Steered(Router):
     "Base of routers that balance themselves: `note` what a training forward decided, `update` once per optimizer step."
-    def __init__(self, rule: Rule, hidden_size: int, num_experts: int, k: int | None = None, eval_rule: Rule | None = None, losses: dict[str, float] | None = None):
+
+    def __init__(
+        self,
+        rule: Rule,
+        hidden_size: int,
+        num_experts: int,
+        k: int | None = None,
+        eval_rule: Rule | None = None,
+        losses: dict[str, float] | None = None,
+    ):
         super().__init__(rule, hidden_size, num_experts, k, eval_rule, losses)
-        self.noted: list[Tensor] = []                                    # (N, E) each, since the last step
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))   # updates so far
+        self.noted: list[Tensor] = []  # (N, E) each, since the last step
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # updates so far
+
     @property
     def target_k(self) -> int:
         "Experts per token that balance aims at: the rule's k, else the router's."
         k = getattr(self.rule, "k", None) or self.k
         return min(8, len(self.weight)) if k is None else k
+
     def forward(self, hidden: Tensor, context: Context | None = None, state=None) -> tuple[Routing, object]:
         routing, state = super().forward(hidden, context, state)
-        if self.training and torch._C._current_graph_task_id() == -1:    # -1: not in a backward pass that runs a forward again
-            with torch.no_grad(): self.noted.append(self.note(routing, None if context is None else context.valid))
+        if (
+            self.training and torch._C._current_graph_task_id() == -1
+        ):  # -1: not in a backward pass that runs a forward again
+            with torch.no_grad():
+                self.noted.append(self.note(routing, None if context is None else context.valid))
         return routing, state
+
     @torch.no_grad()
     def steer(self, gather: Callable[[Tensor], Tensor] = alone) -> None:
         "Update the state from everything noted since the last call, in all processes."
@@ -123,21 +161,30 @@ class Steered(Router):
         mine = torch.cat(self.noted) if self.noted else self.weight.new_empty(0, E)
         self.noted = []
         whole = gather_rows(mine.float(), gather)
-        if not len(whole): return
+        if not len(whole):
+            return
         self.update(whole)
         self.steps += 1
+
     def forget(self) -> None:
         "Drop what was noted since the last call of `steer`: the step is done again."
         self.noted = []
+
     def note(self, routing: Routing, valid: Tensor | None) -> Tensor:
         "(N, E) float: what `update` needs from one forward; default: the logits of valid tokens."
         return _valid_logits(routing, valid).detach()
+
     def update(self, rows: Tensor) -> None:
         "Change the state, given the rows noted in all processes."
         raise NotImplementedError(f"{type(self).__name__} does not implement update(rows)")
 
 # %% ../../nbs/17_routers.balance.ipynb #c5b7bc8a
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {"logits": lambda l: l, "softmax": lambda l: l.softmax(-1), "sigmoid": torch.sigmoid}
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "logits": lambda l: l,
+    "softmax": lambda l: l.softmax(-1),
+    "sigmoid": torch.sigmoid,
+}
+
 
 def _steered_view(logits: Tensor, score: str, offset: Tensor, k: int | None, context: Context) -> GateView:
     "A view that ranks by score + offset and weighs without the offset."
@@ -148,96 +195,159 @@ def _steered_view(logits: Tensor, score: str, offset: Tensor, k: int | None, con
 # %% ../../nbs/17_routers.balance.ipynb #c2f44b47
 class LossFreeRouter(Steered):
     "Ranks by score + bias; the bias follows the sign of each expert's load error (arXiv 2408.15664)."
-    def __init__(self, rule: Rule, hidden_size: int, num_experts: int, k: int | None = None, eval_rule: Rule | None = None, losses: dict[str, float] | None = None,
-                 u: float = 1e-3,             # update rate, in units of the score
-                 score: str = "softmax",      # what is ranked: a name in SCORES
-                 form: str = "sign",          # "sign" or "magnitude"
-                 decay: float | None = None,  # steps until u has fallen to half; None: constant
-                ):
+
+    def __init__(
+        self,
+        rule: Rule,
+        hidden_size: int,
+        num_experts: int,
+        k: int | None = None,
+        eval_rule: Rule | None = None,
+        losses: dict[str, float] | None = None,
+        u: float = 1e-3,  # update rate, in units of the score
+        score: str = "softmax",  # what is ranked: a name in SCORES
+        form: str = "sign",  # "sign" or "magnitude"
+        decay: float | None = None,  # steps until u has fallen to half; None: constant
+    ):
         super().__init__(rule, hidden_size, num_experts, k, eval_rule, losses)
         self.u = in_range(u, 0, float("inf"), "u", open_low=True, open_high=True)
-        self.score_name, self.form = known(score, SCORES, "score"), known(form, ("sign", "magnitude"), "form of the update")
+        self.score_name, self.form = (
+            known(score, SCORES, "score"),
+            known(form, ("sign", "magnitude"), "form of the update"),
+        )
         self.decay = None if decay is None else in_range(decay, 0, float("inf"), "decay", open_low=True)
         self.register_buffer("bias", torch.zeros(num_experts))
-    def view(self, logits: Tensor, context: Context) -> GateView: return _steered_view(logits, self.score_name, self.bias, self.k, context)
-    def note(self, routing: Routing, valid: Tensor | None) -> Tensor: return demanded(routing, valid)[None].float()   # float32 counts are exact to 16 million
+
+    def view(self, logits: Tensor, context: Context) -> GateView:
+        return _steered_view(logits, self.score_name, self.bias, self.k, context)
+
+    def note(self, routing: Routing, valid: Tensor | None) -> Tensor:
+        return demanded(routing, valid)[None].float()  # float32 counts are exact to 16 million
+
     def update(self, rows: Tensor) -> None:
         load = rows.double().sum(0)
-        if not load.sum(): return
+        if not load.sum():
+            return
         error = 1 - load / load.mean()
         u = self.u if self.decay is None else self.u / (1 + float(self.steps) / self.decay)
         self.bias += u * (error.sign() if self.form == "sign" else error).to(self.bias)
 
 # %% ../../nbs/17_routers.balance.ipynb #c0931618
-def share_cut(scores: Tensor,     # (N, E), N at least 2
-              share: float,       # of the rows that shall lie above
-             ) -> Tensor:         # (E,)
+def share_cut(
+    scores: Tensor,  # (N, E), N at least 2
+    share: float,  # of the rows that shall lie above
+) -> Tensor:  # (E,)
     "The value above which a share of each expert's scores lies: the middle between the two scores on either side."
     N = len(scores)
     n = min(max(round(share * N), 1), N - 1)
     top = scores.t().contiguous().topk(n + 1, dim=-1).values
     return (top[:, n - 1] + top[:, n]) / 2
 
-def quantile_prices(scores: Tensor,      # (N, E)
-                    k: int,              # experts per token, under E
-                    beta: Tensor,        # (E,) prices to start from
-                    iterations: int = 1, # alternations
-                   ) -> Tensor:          # (E,) prices that even the load of top-k of scores - beta, mean 0
+
+def quantile_prices(
+    scores: Tensor,  # (N, E)
+    k: int,  # experts per token, under E
+    beta: Tensor,  # (E,) prices to start from
+    iterations: int = 1,  # alternations
+) -> Tensor:  # (E,) prices that even the load of top-k of scores - beta, mean 0
     "Alternate between the tokens' prices and the experts' prices (Su 2026, kexue.fm 11619)."
     for _ in range(iterations):
         top = (scores - beta).topk(k + 1, dim=-1).values
-        beta = share_cut(scores - top[:, k - 1:].mean(-1, keepdim=True), k / scores.shape[1])
+        beta = share_cut(scores - top[:, k - 1 :].mean(-1, keepdim=True), k / scores.shape[1])
     return beta - beta.mean()
 
 # %% ../../nbs/17_routers.balance.ipynb #cbdf8be9
 class QuantileRouter(Steered):
     "Ranks by score - beta, the experts' prices in the balanced assignment, averaged over recent steps (Su 2026)."
-    def __init__(self, rule: Rule, hidden_size: int, num_experts: int, k: int | None = None, eval_rule: Rule | None = None, losses: dict[str, float] | None = None,
-                 horizon: float = 32,       # longest window of the running mean, in steps; 1: none
-                 iterations: int = 2,       # alternations each step
-                 score: str = "logits",     # what is ranked: a name in SCORES
-                ):
+
+    def __init__(
+        self,
+        rule: Rule,
+        hidden_size: int,
+        num_experts: int,
+        k: int | None = None,
+        eval_rule: Rule | None = None,
+        losses: dict[str, float] | None = None,
+        horizon: float = 32,  # longest window of the running mean, in steps; 1: none
+        iterations: int = 2,  # alternations each step
+        score: str = "logits",  # what is ranked: a name in SCORES
+    ):
         super().__init__(rule, hidden_size, num_experts, k, eval_rule, losses)
-        self.horizon, self.iterations = in_range(horizon, 1, float("inf"), "horizon"), in_range(iterations, 1, float("inf"), "iterations")
+        self.horizon, self.iterations = (
+            in_range(horizon, 1, float("inf"), "horizon"),
+            in_range(iterations, 1, float("inf"), "iterations"),
+        )
         self.score_name = known(score, SCORES, "score")
         self.register_buffer("beta", torch.zeros(num_experts))
-    def view(self, logits: Tensor, context: Context) -> GateView: return _steered_view(logits, self.score_name, -self.beta, self.k, context)
+
+    def view(self, logits: Tensor, context: Context) -> GateView:
+        return _steered_view(logits, self.score_name, -self.beta, self.k, context)
+
     def update(self, rows: Tensor) -> None:
-        if len(rows) < 2 or self.target_k >= len(self.beta): return      # with k = E there is nothing to balance
+        if len(rows) < 2 or self.target_k >= len(self.beta):
+            return  # with k = E there is nothing to balance
         window = min(1 + float(self.steps) / 5, self.horizon)
-        self.beta += (quantile_prices(SCORES[self.score_name](rows), self.target_k, self.beta, self.iterations) - self.beta) / window
+        self.beta += (
+            quantile_prices(SCORES[self.score_name](rows), self.target_k, self.beta, self.iterations) - self.beta
+        ) / window
 
 # %% ../../nbs/17_routers.balance.ipynb #c5d3a594
 class Kept:
     "The thresholds that a router keeps, handed to a rule once and read at every forward."
-    def __init__(self, router: "ThresholdRouter"): self.router = router
+
+    def __init__(self, router: "ThresholdRouter"):
+        self.router = router
+
     def at(self, layer: int) -> Tensor:
         "(E,) whatever the layer: each layer has its own router."
         return self.router.thresholds
-    def describe(self) -> str: return "kept by the router"
+
+    def describe(self) -> str:
+        return "kept by the router"
+
 
 def _with_thresholds(rule: Rule, kept: Kept) -> Rule:
     "The rule, or the rule inside it, reading kept thresholds; ValueError if it takes none."
     names = {f.name for f in fields(rule)}
-    if "rule" in names: return replace(rule, rule=_with_thresholds(rule.rule, kept))
-    if "thresholds" not in names: raise ValueError(f"{type(rule).__name__} takes no thresholds: use ThresholdRouter with ExpertThreshold or ExpertChoice")
+    if "rule" in names:
+        return replace(rule, rule=_with_thresholds(rule.rule, kept))
+    if "thresholds" not in names:
+        raise ValueError(
+            f"{type(rule).__name__} takes no thresholds: use ThresholdRouter with ExpertThreshold or ExpertChoice"
+        )
     return replace(rule, thresholds=kept, **({"mode": "causal"} if "mode" in names else {}))
 
+# %% ../../nbs/17_routers.balance.ipynb #e889d222
 class ThresholdRouter(Steered):
     "Keeps each expert's threshold at its share of the tokens (arXiv 2603.11535); rules that choose by batch do so in training only."
-    def __init__(self, rule: Rule, hidden_size: int, num_experts: int, k: int | None = None, eval_rule: Rule | None = None, losses: dict[str, float] | None = None,
-                 horizon: float = 32,       # longest window of the running mean, in steps
-                ):
+
+    def __init__(
+        self,
+        rule: Rule,
+        hidden_size: int,
+        num_experts: int,
+        k: int | None = None,
+        eval_rule: Rule | None = None,
+        losses: dict[str, float] | None = None,
+        horizon: float = 32,  # longest window of the running mean, in steps
+    ):
         super().__init__(rule, hidden_size, num_experts, k, eval_rule, losses)
         self.horizon = in_range(horizon, 1, float("inf"), "horizon")
         inner = rule
-        while "rule" in {f.name for f in fields(inner)}: inner = inner.rule       # under a capacity the rule is inside another
-        self.share = min(1., getattr(inner, "capacity_factor", 1.) * self.target_k / num_experts)
+        while "rule" in {f.name for f in fields(inner)}:
+            inner = inner.rule  # under a capacity the rule is inside another
+        self.share = min(1.0, getattr(inner, "capacity_factor", 1.0) * self.target_k / num_experts)
         fresh = torch.randn(4096, num_experts, generator=torch.Generator().manual_seed(0)).softmax(-1)
         self.register_buffer("thresholds", share_cut(fresh, self.share))
         causal = _with_thresholds(rule, Kept(self))
-        if getattr(rule, "mode", "") == "batch": self.eval_rule = causal if eval_rule is None else eval_rule
-        else: self.rule = causal
+        if getattr(rule, "mode", "") == "batch":
+            self.eval_rule = causal if eval_rule is None else eval_rule
+        else:
+            self.rule = causal
+
     def update(self, rows: Tensor) -> None:
-        if len(rows) < 2: return
-        self.thresholds += (share_cut(rows.softmax(-1), self.share) - self.thresholds) / min(1 + float(self.steps) / 5, self.horizon)
+        if len(rows) < 2:
+            return
+        self.thresholds += (share_cut(rows.softmax(-1), self.share) - self.thresholds) / min(
+            1 + float(self.steps) / 5, self.horizon
+        )

@@ -15,63 +15,83 @@ from ..core import GateView, Routing, in_range, keyed_generator
 from .topk import Selector, chosen, rank_keys, whole
 
 # %% ../../nbs/13_routers.control.ipynb #c6d0272d
-def k_of(rule: Selector,   # with a field k, None for the model's own
-         view: GateView) -> int:
+def k_of(
+    rule: Selector,  # with a field k, None for the model's own
+    view: GateView,
+) -> int:
     "The rule's own k, or the model's, checked against the experts there are."
-    return view.k if rule.k is None else in_range(rule.k, 1, view.num_experts, f"k of {type(rule).__name__} among this gate's experts")
+    return (
+        view.k
+        if rule.k is None
+        else in_range(rule.k, 1, view.num_experts, f"k of {type(rule).__name__} among this gate's experts")
+    )
+
 
 def _by_score(rule: Selector, view: GateView, scores: Tensor) -> Routing:
     "The k experts of largest score (T, E), excluded ones left out."
-    return rule.settle(view, chosen(rank_keys(scores.where(view.choice > float("-inf"), float("-inf"))), k_of(rule, view)))
+    return rule.settle(
+        view, chosen(rank_keys(scores.where(view.choice > float("-inf"), float("-inf"))), k_of(rule, view))
+    )
+
 
 @dataclass(frozen=True)
 class _Control(Selector):
     "Base of the controls: k, checked."
-    k: int | None = None     # experts per token; None: the model's own number
+
+    k: int | None = None  # experts per token; None: the model's own number
 
     def __post_init__(self):
         super().__post_init__()
-        if self.k is not None: in_range(whole(self.k, "k"), 1, float("inf"), "k")
+        if self.k is not None:
+            in_range(whole(self.k, "k"), 1, float("inf"), "k")
 
 # %% ../../nbs/13_routers.control.ipynb #cfea97f2
 @dataclass(frozen=True)
 class Random(_Control):
     "k random experts for every token, drawn without replacement."
-    seed: int = 0            # with forward and layer the key of the draws
+
+    seed: int = 0  # with forward and layer the key of the draws
 
     def decide(self, view: GateView) -> Routing:
         draws = torch.rand(view.logits.shape, generator=keyed_generator(self.seed, view.context))
         return _by_score(self, view, draws.to(view.logits.device))
 
 # %% ../../nbs/13_routers.control.ipynb #c92b09f1
-_MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)   # as signed 64-bit
+_MIX = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # as signed 64-bit
+
 
 def _mix(x: Tensor) -> Tensor:
     "SplitMix64's finaliser on int64; shifts are logical."
     for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
-        x = (x ^ ((x >> shift) & (2**(64 - shift) - 1))) * factor
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
     return x ^ ((x >> 31) & (2**33 - 1))
+
 
 @dataclass(frozen=True)
 class TokenHash(_Control):
     "k experts fixed by the token id; needs the context field token_id."
-    seed: int = 0            # another seed is another assignment of words to experts
+
+    seed: int = 0  # another seed is another assignment of words to experts
 
     def decide(self, view: GateView) -> Routing:
         token = view.context.require("token_id", "token_hash").to(view.logits.device, torch.int64)
         expert = torch.arange(view.num_experts, device=token.device)
         mixed = _mix(_mix(token + _mix(torch.tensor(self.seed)))[:, None] + (expert + 1) * _MIX[0])
-        return _by_score(self, view, (mixed & 0xFFFFFF).float())      # 24 bits are exact in float32
+        return _by_score(self, view, (mixed & 0xFFFFFF).float())  # 24 bits are exact in float32
 
 # %% ../../nbs/13_routers.control.ipynb #cfea97f2-2
 @dataclass(frozen=True)
 class PositionHash(_Control):
     "k experts fixed by the row's place in the batch, as a published benchmark shipped it; ignores excluded experts."
+
     weigh: str = field(default="uniform", kw_only=True)
 
     def decide(self, view: GateView) -> Routing:
         k, E = k_of(self, view), view.num_experts
-        if len({97 * j % E for j in range(k)}) < k: raise ValueError(f"position_hash repeats experts at k = {k} and E = {E}: 97 j mod E must differ for all j < k")
+        if len({97 * j % E for j in range(k)}) < k:
+            raise ValueError(
+                f"position_hash repeats experts at k = {k} and E = {E}: 97 j mod E must differ for all j < k"
+            )
         row = torch.arange(len(view.logits), device=view.logits.device)
         first = (row * 1315423911 + 2654435761) % E
         return self.settle(view, (first[:, None] + 97 * torch.arange(k, device=row.device)) % E)
@@ -80,14 +100,17 @@ class PositionHash(_Control):
 @dataclass(frozen=True)
 class Uniform(_Control):
     "The model's own k experts, all with the same weight."
+
     weigh: str = field(default="uniform", kw_only=True)
 
-    def decide(self, view: GateView) -> Routing: return _by_score(self, view, view.choice)
+    def decide(self, view: GateView) -> Routing:
+        return _by_score(self, view, view.choice)
 
 # %% ../../nbs/13_routers.control.ipynb #cfea97f2-4
 @dataclass(frozen=True)
 class Dense(Selector):
     "Every expert that the gate does not exclude, with weight 1: the dense model as a router."
+
     weigh: str = field(default="one", kw_only=True)
 
     def decide(self, view: GateView) -> Routing:

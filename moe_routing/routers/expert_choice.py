@@ -20,43 +20,59 @@ from .control import k_of
 from .topk import Selector, chosen, rank_keys, whole
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #c8845560
-def valid_rows(view: GateView) -> Tensor:   # (T,) bool
+def valid_rows(view: GateView) -> Tensor:  # (T,) bool
     "Rows that are tokens; all of them where the context does not say."
     valid = view.context.valid
-    return torch.ones(len(view.logits), dtype=torch.bool, device=view.logits.device) if valid is None else valid.to(view.logits.device)
+    return (
+        torch.ones(len(view.logits), dtype=torch.bool, device=view.logits.device)
+        if valid is None
+        else valid.to(view.logits.device)
+    )
 
-def allowed_logits(view: GateView) -> Tensor:   # (T, E) float32, without gradient
+
+def allowed_logits(view: GateView) -> Tensor:  # (T, E) float32, without gradient
     "The raw logits, minus infinity for experts that the gate excludes."
-    return view.logits.detach() if view.choice is view.logits else view.logits.detach().masked_fill(view.choice == float("-inf"), float("-inf"))
+    return (
+        view.logits.detach()
+        if view.choice is view.logits
+        else view.logits.detach().masked_fill(view.choice == float("-inf"), float("-inf"))
+    )
 
-def expert_scores(view: GateView) -> Tensor:   # (T, E) float32, without gradient
+
+def expert_scores(view: GateView) -> Tensor:  # (T, E) float32, without gradient
     "What the experts compare tokens by: the softmax of the raw logits, minus infinity for padding and excluded experts; a correction bias plays no part."
     logits = view.logits.detach()
-    if view.choice is view.logits and view.context.valid is None: return logits.softmax(-1)
+    if view.choice is view.logits and view.context.valid is None:
+        return logits.softmax(-1)
     out = (view.choice == float("-inf")) | ~valid_rows(view)[:, None]
     return logits.masked_fill(out, torch.finfo(torch.float32).min).softmax(-1).masked_fill_(out, float("-inf"))
+
 
 def budget(tokens: int, num_experts: int, k: int, capacity_factor: float) -> int:
     "Tokens that each expert takes: its capacity, at most T."
     return min(tokens, expert_capacity(tokens, num_experts, k, capacity_factor))
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #c7d7cb56
-def top_tokens(scores: Tensor,   # (T, E) float32; minus infinity is never taken
-               count: int,       # tokens for each expert
-              ) -> Tensor:       # (T, E) bool
+def top_tokens(
+    scores: Tensor,  # (T, E) float32; minus infinity is never taken
+    count: int,  # tokens for each expert
+) -> Tensor:  # (T, E) bool
     "The tokens with the largest scores of each expert; ties by rising row."
     columns = scores.t().contiguous()
-    if min(count, len(scores)) < 1: return torch.zeros_like(scores, dtype=torch.bool)
+    if min(count, len(scores)) < 1:
+        return torch.zeros_like(scores, dtype=torch.bool)
     bar = columns.topk(min(count, len(scores)), sorted=False).values.amin(-1, keepdim=True)
     take = columns >= bar
-    if (take.sum(-1) > count).any():                       # several tokens at the bar: the first ones
+    if (take.sum(-1) > count).any():  # several tokens at the bar: the first ones
         above, tie = columns > bar, columns == bar
         take = above | (tie & (tie.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
     return (take & (columns > float("-inf"))).t()
 
-def slots_of(mask: Tensor,       # (T, E) bool, who takes whom
-             scores: Tensor,     # (T, E) float32, for the order of the slots
-            ) -> Tensor:         # (T, K) int64, K the largest number of experts of a token, at least 1
+
+def slots_of(
+    mask: Tensor,  # (T, E) bool, who takes whom
+    scores: Tensor,  # (T, E) float32, for the order of the slots
+) -> Tensor:  # (T, K) int64, K the largest number of experts of a token, at least 1
     "The chosen experts of each token as slots, largest score first; unused slots hold E."
     keys = rank_keys(scores.masked_fill(~mask, float("-inf")))
     return chosen(keys, max(1, int(mask.sum(-1).max())) if len(mask) else 1)
@@ -65,53 +81,82 @@ def slots_of(mask: Tensor,       # (T, E) bool, who takes whom
 def refuse_generation(view: GateView, who: str, instead: str):
     "Raise a ValueError when the rows are a continuation behind a KV cache: a rule that compares tokens has nothing to compare."
     valid, position, sequence = valid_rows(view), view.context.position, view.context.sequence
-    if position is None: alone = len(valid) == 1
-    elif not len(position): alone = False
+    if position is None:
+        alone = len(valid) == 1
+    elif not len(position):
+        alone = False
     else:
         late = torch.iinfo(torch.int64).max
         first = position.to(valid.device).long().masked_fill(~valid, late)
         rows = torch.zeros_like(first) if sequence is None else sequence.to(valid.device).long()
         start = first.new_full((int(rows.max()) + 1,), late).scatter_reduce_(0, rows, first, "amin")
         alone = bool(((start > 0) & (start < late)).any())
-    if alone: raise ValueError(f"{who} compares the tokens of a whole batch and cannot decide on a continuation (a lone token, or positions that do not start at 0, "
-                               f"as in generation with a KV cache): {instead}")
+    if alone:
+        raise ValueError(
+            f"{who} compares the tokens of a whole batch and cannot decide on a continuation (a lone token, or positions that do not start at 0, "
+            f"as in generation with a KV cache): {instead}"
+        )
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #cac5a3bc
-def quantile_thresholds(scores: Tensor,   # (T, E) float32, valid rows only
-                        share: float,     # of the tokens that each expert should take, in (0, 1]; k / E for a mean of k experts
-                       ) -> Tensor:       # (E,) float32
+def quantile_thresholds(
+    scores: Tensor,  # (T, E) float32, valid rows only
+    share: float,  # of the tokens that each expert should take, in (0, 1]; k / E for a mean of k experts
+) -> Tensor:  # (E,) float32
     "The largest threshold for each expert that at least the share of the tokens reaches: its ceil(share T)-th largest score."
     in_range(share, 0, 1, "share of the tokens", open_low=True)
-    if not len(scores): raise ValueError("no tokens to take a quantile of: give at least one valid row")
+    if not len(scores):
+        raise ValueError("no tokens to take a quantile of: give at least one valid row")
     count = min(len(scores), max(1, ceil(share * len(scores))))
     return scores.detach().float().t().contiguous().topk(count, sorted=False).values.amin(-1)
 
-def read_thresholds(thresholds,           # (E,) numbers, or an object whose `at(layer)` gives them
-                    view: GateView, who: str) -> Tensor:   # (E,) float32
+
+def read_thresholds(
+    thresholds,  # (E,) numbers, or an object whose `at(layer)` gives them
+    view: GateView,
+    who: str,
+) -> Tensor:  # (E,) float32
     "The thresholds of this layer as a tensor, their number checked."
     bar = thresholds.at(view.context.layer) if hasattr(thresholds, "at") else thresholds
     bar = torch.as_tensor(bar, dtype=torch.float32, device=view.logits.device)
-    if bar.shape != (view.num_experts,): raise ValueError(f"{who} has thresholds of shape {tuple(bar.shape)} for a gate of {view.num_experts} experts: give one for each expert")
+    if bar.shape != (view.num_experts,):
+        raise ValueError(
+            f"{who} has thresholds of shape {tuple(bar.shape)} for a gate of {view.num_experts} experts: give one for each expert"
+        )
     return bar.detach()
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #cfea97f2
 @dataclass(frozen=True)
 class _Thresholds(Selector):
     "Base of the two rules of this chapter: k, and thresholds that can be written down."
-    k: int | None = None             # mean experts per token; None: the model's own number
+
+    k: int | None = None  # mean experts per token; None: the model's own number
 
     def __post_init__(self):
         super().__post_init__()
-        if self.k is not None: in_range(whole(self.k, "k"), 1, float("inf"), "k")
+        if self.k is not None:
+            in_range(whole(self.k, "k"), 1, float("inf"), "k")
         t = self.thresholds
-        if t is None or hasattr(t, "at"): return
-        values = tuple(torch.as_tensor(t, dtype=torch.float32).tolist())       # a tuple can be compared, hashed and written as JSON
-        if any(v != v for v in values): raise ValueError("a threshold is NaN: was it made from scores that are?")
+        if t is None or hasattr(t, "at"):
+            return
+        values = tuple(
+            torch.as_tensor(t, dtype=torch.float32).tolist()
+        )  # a tuple can be compared, hashed and written as JSON
+        if any(v != v for v in values):
+            raise ValueError("a threshold is NaN: was it made from scores that are?")
         object.__setattr__(self, "thresholds", values)
+
     def describe(self) -> dict:
         "The rule's name and parameters, as JSON can hold them."
         t = self.thresholds
-        return {**super().describe(), "thresholds": list(t) if isinstance(t, tuple) else t.describe() if hasattr(t, "describe") else t and type(t).__name__}
+        return {
+            **super().describe(),
+            "thresholds": list(t)
+            if isinstance(t, tuple)
+            else t.describe()
+            if hasattr(t, "describe")
+            else t and type(t).__name__,
+        }
+
     def reach(self, view: GateView, bar: Tensor, extras: dict | None = None) -> Routing:
         "Every token goes to the experts whose threshold (E,) its score reaches."
         scores = expert_scores(view)
@@ -121,20 +166,31 @@ class _Thresholds(Selector):
 @dataclass(frozen=True)
 class ExpertChoice(_Thresholds):
     "Every expert takes the tokens that want it most (Zhou et al. 2022, arXiv 2202.09368); tokens get as many experts as take them, none included."
-    capacity_factor: float = 1.0     # tokens of an expert, as a multiple of T k / E
-    mode: str = "batch"              # "batch": the best c tokens of the batch; "causal": every token that reaches a threshold
-    thresholds: object = None        # causal mode: (E,) scores, or an object whose at(layer) gives them, as from `quantile_thresholds`
+
+    capacity_factor: float = 1.0  # tokens of an expert, as a multiple of T k / E
+    mode: str = "batch"  # "batch": the best c tokens of the batch; "causal": every token that reaches a threshold
+    thresholds: object = (
+        None  # causal mode: (E,) scores, or an object whose at(layer) gives them, as from `quantile_thresholds`
+    )
 
     def __post_init__(self):
         super().__post_init__()
         in_range(self.capacity_factor, 0, float("inf"), "capacity_factor", open_low=True, open_high=True)
         known(self.mode, ("batch", "causal"), "mode of expert choice")
         if self.mode == "causal" and self.thresholds is None:
-            raise ValueError("expert choice in mode='causal' needs thresholds: give one for each expert, as quantile_thresholds makes them from the scores of a batch")
+            raise ValueError(
+                "expert choice in mode='causal' needs thresholds: give one for each expert, as quantile_thresholds makes them from the scores of a batch"
+            )
+
     def decide(self, view: GateView) -> Routing:
         k = k_of(self, view)
-        if self.mode == "causal": return self.reach(view, read_thresholds(self.thresholds, view, "expert choice"))
-        refuse_generation(view, "expert choice in mode='batch'", "use ExpertChoice(mode='causal', thresholds=...), or a router whose eval_rule decides token by token")
+        if self.mode == "causal":
+            return self.reach(view, read_thresholds(self.thresholds, view, "expert choice"))
+        refuse_generation(
+            view,
+            "expert choice in mode='batch'",
+            "use ExpertChoice(mode='causal', thresholds=...), or a router whose eval_rule decides token by token",
+        )
         scores = expert_scores(view)
         mask = top_tokens(scores, budget(int(valid_rows(view).sum()), view.num_experts, k, self.capacity_factor))
         return self.settle(view, slots_of(mask, scores))
@@ -143,34 +199,51 @@ class ExpertChoice(_Thresholds):
 @dataclass(frozen=True)
 class ExpertThreshold(_Thresholds):
     "Every expert takes the tokens whose score reaches its threshold (arXiv 2603.11535); causal, unless the thresholds come from the batch itself."
-    thresholds: object = None        # (E,) scores, or an object whose at(layer) gives them; None: this batch's own quantile, which looks ahead
+
+    thresholds: object = (
+        None  # (E,) scores, or an object whose at(layer) gives them; None: this batch's own quantile, which looks ahead
+    )
 
     def decide(self, view: GateView) -> Routing:
         k = k_of(self, view)
-        if self.thresholds is not None: return self.reach(view, read_thresholds(self.thresholds, view, "expert threshold"))
-        refuse_generation(view, "expert threshold without thresholds", "give it thresholds, as quantile_thresholds makes them from the scores of a batch")
+        if self.thresholds is not None:
+            return self.reach(view, read_thresholds(self.thresholds, view, "expert threshold"))
+        refuse_generation(
+            view,
+            "expert threshold without thresholds",
+            "give it thresholds, as quantile_thresholds makes them from the scores of a batch",
+        )
         scores = expert_scores(view)[valid_rows(view)]
-        bar = quantile_thresholds(scores, k / view.num_experts) if len(scores) else scores.new_full((view.num_experts,), float("inf"))
+        bar = (
+            quantile_thresholds(scores, k / view.num_experts)
+            if len(scores)
+            else scores.new_full((view.num_experts,), float("inf"))
+        )
         return self.reach(view, bar, {"thresholds": bar})
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #cfea97f2-4
 @dataclass(frozen=True)
 class ExpertChoiceAsShipped(Selector):
     "Expert choice with a budget clamped to 64 tokens and a fallback to soft top-k, as a published benchmark shipped it."
+
     weigh: str = field(default="softk", kw_only=True)
-    k: int | None = None             # most experts per token; None: the model's own number
-    capacity_factor: float = 1.0     # of the budget before the clamp
-    clamp: int = 64                  # most tokens of an expert
+    k: int | None = None  # most experts per token; None: the model's own number
+    capacity_factor: float = 1.0  # of the budget before the clamp
+    clamp: int = 64  # most tokens of an expert
 
     def __post_init__(self):
         super().__post_init__()
-        if self.k is not None: in_range(whole(self.k, "k"), 1, float("inf"), "k")
+        if self.k is not None:
+            in_range(whole(self.k, "k"), 1, float("inf"), "k")
         in_range(self.capacity_factor, 0, float("inf"), "capacity_factor", open_low=True, open_high=True)
         in_range(whole(self.clamp, "clamp"), 1, float("inf"), "clamp")
+
     def decide(self, view: GateView) -> Routing:
         k, valid = k_of(self, view), valid_rows(view)
         refuse_generation(view, "expert choice as shipped", "use a rule that decides token by token, such as topk")
-        scores = allowed_logits(view).masked_fill(~valid[:, None], float("-inf"))      # by logit, where expert choice compares probabilities
+        scores = allowed_logits(view).masked_fill(
+            ~valid[:, None], float("-inf")
+        )  # by logit, where expert choice compares probabilities
         mask = top_tokens(scores, min(self.clamp, budget(int(valid.sum()), view.num_experts, k, self.capacity_factor)))
         fallback = valid & ~mask.any(-1)
         keys = rank_keys(scores.masked_fill(~(mask | fallback[:, None]), float("-inf")))
@@ -181,6 +254,7 @@ def leak_bound(num_experts: int, k: float) -> float:
     "k log2((1 - R) / R) with R = k / E: bits a token that expert-choice allocations can carry at least (Wang et al. 2024, arXiv 2408.15664, App. D); says nothing for R >= 1/2."
     R = in_range(k, 0, num_experts, "k", open_low=True, open_high=True) / num_experts
     return k * log2((1 - R) / R)
+
 
 def allocation_bits(tokens: int, num_experts: int, count: int) -> float:
     "Bits a token in the choice of one of all allocations, E log2 binomial(T, c) / T, where each expert takes c tokens."
@@ -194,37 +268,54 @@ def _redrawn(view: GateView, later: Tensor, run: int, generator: torch.Generator
     pool, places = valid_rows(view).nonzero().squeeze(1), (later & valid_rows(view)).nonzero().squeeze(1)
     starts = torch.randint(len(pool), (-(-len(places) // run), 1), generator=generator).to(device)
     source = torch.arange(len(later), device=device)
-    source[places] = pool[((starts + torch.arange(run, device=device)) % len(pool)).flatten()[:len(places)]]
+    source[places] = pool[((starts + torch.arange(run, device=device)) % len(pool)).flatten()[: len(places)]]
     logits, token = view.logits[source], view.context.token_id
     context = view.context if token is None else replace(view.context, token_id=token.to(device)[source])
-    return GateView(logits, logits if view.choice is view.logits else view.choice[source], softmax_weigh(logits), view.k, context)
+    return GateView(
+        logits, logits if view.choice is view.logits else view.choice[source], softmax_weigh(logits), view.k, context
+    )
 
-def _set_entropy(masks: Tensor) -> Tensor:    # (draws, N, E) bool -> (N,) bits, Miller-Madow
-    same = (masks[:, None] == masks[None]).all(-1).sum(1).double()      # (draws, N): how often this draw's set came up
+
+def _set_entropy(masks: Tensor) -> Tensor:  # (draws, N, E) bool -> (N,) bits, Miller-Madow
+    same = (masks[:, None] == masks[None]).all(-1).sum(1).double()  # (draws, N): how often this draw's set came up
     plain, distinct = -(same / len(masks)).log2().mean(0), same.reciprocal().sum(0)
     return plain + (distinct - 1) / (2 * len(masks) * log(2))
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #c8304d03
 @torch.no_grad()
-def leak_bits(rule: Rule,                    # decides on a view of T rows
-              gate: "GateView | Tensor",     # logits (T, E) of a batch, or its view
-              context: Context | None = None,# of logits; position makes time, valid keeps padding out
-              draws: int = 8,                # futures for each position
-              generator: torch.Generator | None = None,   # on the CPU; default seed 0
-              cuts: int = 64,                # positions at which the past is held
-              run: int = 32,                 # rows that are redrawn together
-             ) -> float:                     # bits a token; exactly 0 for a causal rule
+def leak_bits(
+    rule: Rule,  # decides on a view of T rows
+    gate: "GateView | Tensor",  # logits (T, E) of a batch, or its view
+    context: Context | None = None,  # of logits; position makes time, valid keeps padding out
+    draws: int = 8,  # futures for each position
+    generator: torch.Generator | None = None,  # on the CPU; default seed 0
+    cuts: int = 64,  # positions at which the past is held
+    run: int = 32,  # rows that are redrawn together
+) -> float:  # bits a token; exactly 0 for a causal rule
     "What a token's set of experts says about later tokens, given all earlier ones: its entropy when the future is drawn anew."
-    in_range(whole(draws, "draws"), 2, float("inf"), "draws"), in_range(whole(cuts, "cuts"), 1, float("inf"), "cuts"), in_range(whole(run, "run"), 1, float("inf"), "run")
+    (
+        in_range(whole(draws, "draws"), 2, float("inf"), "draws"),
+        in_range(whole(cuts, "cuts"), 1, float("inf"), "cuts"),
+        in_range(whole(run, "run"), 1, float("inf"), "run"),
+    )
     view, generator = as_view(gate, getattr(rule, "k", None), context), generator or torch.Generator().manual_seed(0)
-    view = replace(view, logits=view.logits.detach(), choice=view.logits.detach() if view.choice is view.logits else view.choice.detach())
+    view = replace(
+        view,
+        logits=view.logits.detach(),
+        choice=view.logits.detach() if view.choice is view.logits else view.choice.detach(),
+    )
     valid, position = valid_rows(view), view.context.position
-    if not valid.any(): raise ValueError("no valid rows to measure a leak on")
+    if not valid.any():
+        raise ValueError("no valid rows to measure a leak on")
     time = torch.arange(len(valid), device=valid.device) if position is None else position.to(valid.device)
     times = time[valid].unique()
-    picked = times[(torch.arange(min(cuts, len(times)), device=times.device) + .5).mul(len(times) / min(cuts, len(times))).long()]
+    picked = times[
+        (torch.arange(min(cuts, len(times)), device=times.device) + 0.5).mul(len(times) / min(cuts, len(times))).long()
+    ]
     bits = []
     for cut in picked:
         now, later = valid & (time == cut), time > cut
-        bits.append(_set_entropy(torch.stack([rule(_redrawn(view, later, run, generator)).mask[now] for _ in range(draws)])))
+        bits.append(
+            _set_entropy(torch.stack([rule(_redrawn(view, later, run, generator)).mask[now] for _ in range(draws)]))
+        )
     return float(torch.cat(bits).mean())

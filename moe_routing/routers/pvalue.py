@@ -25,18 +25,22 @@ from .topk import Selector, check_counts, rank_keys, score_keys
 # %% ../../nbs/12_routers.pvalue.ipynb #c3c82f7f
 CORRECTIONS = ("bh", "by")
 
-def critical_values(alpha: float,              # level, in (0, 1)
-                    num_experts: int,          # E
-                    correction: str = "bh",    # "bh": alpha r / E; "by": that divided by 1 + 1/2 + ... + 1/E
-                   ) -> Tensor:                # (E,) float64, for ranks 1..E
+
+def critical_values(
+    alpha: float,  # level, in (0, 1)
+    num_experts: int,  # E
+    correction: str = "bh",  # "bh": alpha r / E; "by": that divided by 1 + 1/2 + ... + 1/E
+) -> Tensor:  # (E,) float64, for ranks 1..E
     "What the sorted p-values of a token are compared with."
     in_range(alpha, 0, 1, "alpha", open_low=True, open_high=True)
     known(correction, CORRECTIONS, "correction")
     ranks = torch.arange(1, num_experts + 1, dtype=torch.float64)
     return alpha * ranks / (num_experts * (1 if correction == "bh" else (1 / ranks).sum()))
 
-def largest_passing(passes: Tensor,            # (T, E) bool, by rank
-                   ) -> Tensor:                # (T,) int64, 0 where no rank passes
+
+def largest_passing(
+    passes: Tensor,  # (T, E) bool, by rank
+) -> Tensor:  # (T,) int64, 0 where no rank passes
     "The largest rank (from 1) that passes: the step-up of all procedures here."
     ranks = torch.arange(1, passes.shape[-1] + 1, dtype=torch.int16, device=passes.device)
     return (passes * ranks).amax(-1).long()
@@ -45,109 +49,143 @@ def largest_passing(passes: Tensor,            # (T, E) bool, by rank
 def _sorted_p(p: Tensor) -> Tensor:
     "P-values (T, E) as float64, each row ascending; NaN and values outside [0, 1] are refused."
     p = torch.as_tensor(p).double()
-    if p.ndim != 2: raise ValueError(f"p-values must be (T, E), got shape {tuple(p.shape)}")
-    if not ((p >= 0) & (p <= 1)).all(): raise ValueError("p-values must lie in [0, 1] and not be NaN")
+    if p.ndim != 2:
+        raise ValueError(f"p-values must be (T, E), got shape {tuple(p.shape)}")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("p-values must lie in [0, 1] and not be NaN")
     return torch.from_numpy(np.sort(p.numpy(), -1)) if p.device.type == "cpu" else p.sort(-1).values
 
-def bh_count(p: Tensor,          # (T, E) p-values
-             alpha: float,       # level, in (0, 1)
-            ) -> Tensor:         # (T,) int64 rejections, 0..E
+
+def bh_count(
+    p: Tensor,  # (T, E) p-values
+    alpha: float,  # level, in (0, 1)
+) -> Tensor:  # (T,) int64 rejections, 0..E
     "Rejections of the Benjamini-Hochberg step-up in each row, computed in float64."
     ranked = _sorted_p(p)
     return largest_passing(ranked <= critical_values(alpha, ranked.shape[-1]).to(ranked.device))
 
-def by_count(p: Tensor,          # (T, E) p-values
-             alpha: float,       # level, in (0, 1)
-            ) -> Tensor:         # (T,) int64 rejections, 0..E
+
+def by_count(
+    p: Tensor,  # (T, E) p-values
+    alpha: float,  # level, in (0, 1)
+) -> Tensor:  # (T,) int64 rejections, 0..E
     "Rejections of the Benjamini-Yekutieli step-up in each row, computed in float64."
     ranked = _sorted_p(p)
     return largest_passing(ranked <= critical_values(alpha, ranked.shape[-1], "by").to(ranked.device))
 
 # %% ../../nbs/12_routers.pvalue.ipynb #ceb0a2de
-def null_law(alpha: float,               # level, in (0, 1)
-             num_experts: int,           # E
-             correction: str = "bh",     # or "by"
-            ) -> Tensor:                 # (E + 1,) float64, P(R = 0), ..., P(R = E)
+def null_law(
+    alpha: float,  # level, in (0, 1)
+    num_experts: int,  # E
+    correction: str = "bh",  # or "by"
+) -> Tensor:  # (E + 1,) float64, P(R = 0), ..., P(R = E)
     "The distribution of the number of rejections when the p-values are independent and uniform (Abel's identity)."
     E, level = num_experts, float(critical_values(alpha, num_experts, correction)[-1])
+
     def logp(r):
-        if r == E: return E * log(level)
+        if r == E:
+            return E * log(level)
         choose = lgamma(E + 1) - lgamma(r + 1) - lgamma(E - r + 1)
         return choose + log1p(-level) + (r * log(level * r / E) if r else 0) + (E - r - 1) * log1p(-level * r / E)
+
     return torch.tensor([exp(logp(r)) for r in range(E + 1)], dtype=torch.float64)
 
-def noise_curve(alpha: float,            # level, in (0, 1)
-                num_experts: int,        # E
-                min_k: int = 1,          # as in the rule
-                max_k: int | None = None,# None: E
-                correction: str = "bh",  # or "by"
-               ) -> dict:                # mean_k, no_rejection and ceiling (probabilities)
+
+def noise_curve(
+    alpha: float,  # level, in (0, 1)
+    num_experts: int,  # E
+    min_k: int = 1,  # as in the rule
+    max_k: int | None = None,  # None: E
+    correction: str = "bh",  # or "by"
+) -> dict:  # mean_k, no_rejection and ceiling (probabilities)
     "What a BH router does to pure noise: exact mean number of experts, P(no rejection), P(max_k or more rejections)."
     check_counts(min_k, max_k, num_experts)
     law, max_k = null_law(alpha, num_experts, correction), max_k or num_experts
     counts = torch.arange(num_experts + 1).clamp(min_k, max_k)
-    return {"mean_k": float((law * counts).sum()), "no_rejection": float(law[0]), "ceiling": float(law[counts == max_k].sum())}
+    return {
+        "mean_k": float((law * counts).sum()),
+        "no_rejection": float(law[0]),
+        "ceiling": float(law[counts == max_k].sum()),
+    }
 
 # %% ../../nbs/12_routers.pvalue.ipynb #cd3e7af6
-GRID, FINE = 10_000, 4        # grid points of a kernel null; nodes in a grid step
+GRID, FINE = 10_000, 4  # grid points of a kernel null; nodes in a grid step
+
 
 def _convolve(counts: Tensor, kernel: Tensor) -> Tensor:
     "Sum over nodes j of counts[j] kernel[n - j] at every FINE-th node n; `kernel` starts at offset -(nodes - 1)."
     size = 1 << (len(counts) + len(kernel) - 1).bit_length()
     full = torch.fft.irfft(torch.fft.rfft(counts, size) * torch.fft.rfft(kernel, size), size)
-    return full[len(counts) - 1:][:(GRID - 1) * FINE + 1:FINE]
+    return full[len(counts) - 1 :][: (GRID - 1) * FINE + 1 : FINE]
 
-def kde_tail(values: Tensor,              # (n,) the pooled calibration logits of a layer
-             as_seeded: bool = False,     # a left Riemann sum of the density, as the first version of this router had
-            ) -> tuple[float, float, Tensor]:  # start and step of the grid, (GRID,) float64 P(noise >= grid point)
+
+def kde_tail(
+    values: Tensor,  # (n,) the pooled calibration logits of a layer
+    as_seeded: bool = False,  # a left Riemann sum of the density, as the first version of this router had
+) -> tuple[float, float, Tensor]:  # start and step of the grid, (GRID,) float64 P(noise >= grid point)
     "The upper tail of a Gaussian kernel density with Scott's bandwidth."
     x = values.double()
-    h = float(x.std()) * len(x) ** -.2
-    if not h > 0: raise ValueError(f"all {len(x)} calibration logits are {float(x[0])}: a kernel density needs some spread")
-    low, high = float(x.min() - .2 * x.min().abs()), float(x.max() + .2 * x.max().abs())
-    if not as_seeded: low, high = min(low, float(x.min()) - 5 * h), max(high, float(x.max()) + 5 * h)
+    h = float(x.std()) * len(x) ** -0.2
+    if not h > 0:
+        raise ValueError(f"all {len(x)} calibration logits are {float(x[0])}: a kernel density needs some spread")
+    low, high = float(x.min() - 0.2 * x.min().abs()), float(x.max() + 0.2 * x.max().abs())
+    if not as_seeded:
+        low, high = min(low, float(x.min()) - 5 * h), max(high, float(x.max()) + 5 * h)
     step = (high - low) / (GRID - 1)
     nodes = (GRID - 1) * FINE + 1
     place = (x - low) * (FINE / step)
     left = place.long().clamp_(0, nodes - 2)
-    right = (place - left) / len(x)                  # a logit is shared by its two neighbours, so its mean place is kept
+    right = (place - left) / len(x)  # a logit is shared by its two neighbours, so its mean place is kept
     counts = torch.bincount(left, 1 / len(x) - right, nodes) + torch.bincount(left + 1, right, nodes)
     offset = torch.arange(-nodes + 1, nodes, dtype=torch.float64) * (step / FINE / h)
     if as_seeded:
-        mass = _convolve(counts, torch.exp(-offset ** 2 / 2)).cumsum(0)
+        mass = _convolve(counts, torch.exp(-(offset**2) / 2)).cumsum(0)
         tail = 1 - mass / mass[-1]
-    else: tail = _convolve(counts, torch.special.ndtr(-offset))
-    return low, step, tail.clamp_(0, 1).cummin(0).values       # rounding of the transform must not let the tail rise
+    else:
+        tail = _convolve(counts, torch.special.ndtr(-offset))
+    return low, step, tail.clamp_(0, 1).cummin(0).values  # rounding of the transform must not let the tail rise
 
 # %% ../../nbs/12_routers.pvalue.ipynb #c547332c
 @dataclass(frozen=True, eq=False)
 class Null:
     "Upper-tail p-values of logits, one null distribution for each MoE layer; made by `fit_null`."
-    kind: str                        # "kde", "trimmed", "empirical" or "conformal"
-    knots: tuple[Tensor, ...]        # for each layer float64: (2,) start and step of the grid, or (M,) rising values where a step null jumps
-    tails: tuple[Tensor, ...]        # for each layer float64: (GRID,) tail at the grid points, or (M + 1,) tail before, between and after the jumps
-    num_experts: int                 # E of the calibrated gates
-    tokens: int                      # calibration tokens
-    model: str = ""                  # fingerprint of the calibrated model; empty: unknown
+
+    kind: str  # "kde", "trimmed", "empirical" or "conformal"
+    knots: tuple[
+        Tensor, ...
+    ]  # for each layer float64: (2,) start and step of the grid, or (M,) rising values where a step null jumps
+    tails: tuple[
+        Tensor, ...
+    ]  # for each layer float64: (GRID,) tail at the grid points, or (M + 1,) tail before, between and after the jumps
+    num_experts: int  # E of the calibrated gates
+    tokens: int  # calibration tokens
+    model: str = ""  # fingerprint of the calibrated model; empty: unknown
     options: dict = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
         "L"
         return len(self.tails)
+
     @property
     def step(self) -> bool:
         "Is it a step function?"
         return self.kind in ("empirical", "conformal")
-    def p_values(self,
-                 logits: Tensor,     # (T, E), raw
-                 layer: int,         # index among the MoE layers
-                ) -> Tensor:         # (T, E) float64
+
+    def p_values(
+        self,
+        logits: Tensor,  # (T, E), raw
+        layer: int,  # index among the MoE layers
+    ) -> Tensor:  # (T, E) float64
         "The p-value of every logit, computed in float64 whatever the logits' dtype."
-        if not 0 <= layer < self.num_layers: raise ValueError(f"layer = {layer}, but this null was fitted for {self.num_layers} layers: fit it on the model that is routed")
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(
+                f"layer = {layer}, but this null was fitted for {self.num_layers} layers: fit it on the model that is routed"
+            )
         x = logits.detach().double()
         knots, tail = self.knots[layer].to(x.device), self.tails[layer].to(x.device)
-        if self.step: return tail[torch.searchsorted(knots, x.contiguous())]
+        if self.step:
+            return tail[torch.searchsorted(knots, x.contiguous())]
         cell = (x - knots[0]) / knots[1]
         left = cell.floor().clamp_(0, len(tail) - 2)
         high, low = tail[left.long()], tail[left.long() + 1]
@@ -156,81 +194,130 @@ class Null:
 # %% ../../nbs/12_routers.pvalue.ipynb #c1b5439f
 def _describe(null: Null) -> dict:
     "What the null is, as JSON can hold it."
-    return {"kind": null.kind, "layers": null.num_layers, "experts": null.num_experts, "tokens": null.tokens, "model": null.model, **null.options}
+    return {
+        "kind": null.kind,
+        "layers": null.num_layers,
+        "experts": null.num_experts,
+        "tokens": null.tokens,
+        "model": null.model,
+        **null.options,
+    }
+
 
 def _save(null: Null, path: "str | Path"):
     "Write the null to a safetensors file; the write is complete or not there at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{what}.{l}": t.contiguous() for what, ts in (("knots", null.knots), ("tails", null.tails)) for l, t in enumerate(ts)}
+    tensors = {
+        f"{what}.{l}": t.contiguous()
+        for what, ts in (("knots", null.knots), ("tails", null.tails))
+        for l, t in enumerate(ts)
+    }
     part = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, part, metadata={"null": json.dumps({k: getattr(null, k) for k in ("kind", "num_experts", "tokens", "model", "options")})})
+        save_file(
+            tensors,
+            part,
+            metadata={
+                "null": json.dumps({k: getattr(null, k) for k in ("kind", "num_experts", "tokens", "model", "options")})
+            },
+        )
         part.replace(path)
     except (OSError, SafetensorError) as e:
         part.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {e}; free some space, or save it elsewhere") from e
 
+# %% ../../nbs/12_routers.pvalue.ipynb #f66515f9
 def _check(null: Null, num_layers: int | None, num_experts: int | None, fingerprint: str | None = None):
     "Raise one ValueError unless the null was fitted for such a model; what is None or unknown is not compared."
-    pairs = {"MoE layers": (null.num_layers, num_layers), "experts": (null.num_experts, num_experts), "model": (null.model or None, fingerprint)}
-    wrong = [f"{what} {ours!r} instead of {theirs!r}" for what, (ours, theirs) in pairs.items() if ours is not None and theirs is not None and ours != theirs]
-    if wrong: raise ValueError(f"this {null.kind} null was fitted for another model: {', '.join(wrong)}. Fit it with fit_null on logits of the model that is routed")
+    pairs = {
+        "MoE layers": (null.num_layers, num_layers),
+        "experts": (null.num_experts, num_experts),
+        "model": (null.model or None, fingerprint),
+    }
+    wrong = [
+        f"{what} {ours!r} instead of {theirs!r}"
+        for what, (ours, theirs) in pairs.items()
+        if ours is not None and theirs is not None and ours != theirs
+    ]
+    if wrong:
+        raise ValueError(
+            f"this {null.kind} null was fitted for another model: {', '.join(wrong)}. Fit it with fit_null on logits of the model that is routed"
+        )
+
 
 Null.describe, Null.save, Null.check = _describe, _save, _check
 
 # %% ../../nbs/12_routers.pvalue.ipynb #c6a9659a
-def load_null(path: "str | Path",    # a file written by `Null.save`
-             ) -> Null:
+def load_null(
+    path: "str | Path",  # a file written by `Null.save`
+) -> Null:
     "Read a null; a missing, damaged or foreign file is an error that names it."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no null at {path}: fit one with fit_null(...) and save it there")
+    if not path.exists():
+        raise FileNotFoundError(f"no null at {path}: fit one with fit_null(...) and save it there")
     try:
         with safe_open(path, "pt") as f:
             head = json.loads(f.metadata()["null"])
             layers = range(len(f.keys()) // 2)
-            read = lambda what: tuple(f.get_tensor(f"{what}.{l}").clone() for l in layers)     # a copy: the file may change under a mapped tensor
+            read = lambda what: tuple(
+                f.get_tensor(f"{what}.{l}").clone() for l in layers
+            )  # a copy: the file may change under a mapped tensor
             return Null(knots=read("knots"), tails=read("tails"), **head)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
         raise ValueError(f"{path} is not a null, or is damaged ({e}): delete it and fit again") from e
 
 # %% ../../nbs/12_routers.pvalue.ipynb #ccc64817
-KINDS = {"kde": {"as_seeded": False}, "trimmed": {"trim": 4, "as_seeded": False},
-         "empirical": {}, "conformal": {"drop_top": 0, "one_per_token": False, "seed": 0}}
+KINDS = {
+    "kde": {"as_seeded": False},
+    "trimmed": {"trim": 4, "as_seeded": False},
+    "empirical": {},
+    "conformal": {"drop_top": 0, "one_per_token": False, "seed": 0},
+}
+
 
 def _pool(x: Tensor, kind: str, o: dict) -> Tensor:
     "The calibration values of one layer (n,) from its logits (T, E)."
     E = x.shape[-1]
     if kind == "trimmed" or o.get("drop_top"):
         low, top = (o["trim"], o["trim"]) if kind == "trimmed" else (0, o["drop_top"])
-        if low < 0 or top < 0 or low + top >= E: raise ValueError(f"dropping {low} smallest and {top} largest of {E} logits leaves no null: choose fewer")
-        x = x.sort(-1).values[:, low:E - top]
+        if low < 0 or top < 0 or low + top >= E:
+            raise ValueError(f"dropping {low} smallest and {top} largest of {E} logits leaves no null: choose fewer")
+        x = x.sort(-1).values[:, low : E - top]
     if o.get("one_per_token"):
         pick = torch.randint(x.shape[-1], (len(x), 1), generator=torch.Generator().manual_seed(o["seed"]))
         x = x.gather(1, pick.to(x.device))
     return x.flatten()
 
+
 def _steps(values: Tensor, plus: int) -> tuple[Tensor, Tensor]:
     "Jumps and tails of (plus + #{values >= x}) / (plus + n)."
-    jumps, first = np.unique(np.sort(values.numpy()), return_index=True)     # how many lie below each jump
+    jumps, first = np.unique(np.sort(values.numpy()), return_index=True)  # how many lie below each jump
     below = torch.from_numpy(np.append(first, len(values)))
     return torch.from_numpy(jumps).double(), (plus + len(values) - below).double() / (plus + len(values))
 
 # %% ../../nbs/12_routers.pvalue.ipynb #c63d87ba
-def fit_null(logits: Tensor,          # (T, L, E) raw calibration logits of valid tokens, or (T, E) for one layer; not the data that is evaluated
-             kind: str = "kde",       # a name in KINDS
-             model: str = "",         # fingerprint of the model, compared by `Null.check`
-             **options,               # trim (of "trimmed"); as_seeded ("kde", "trimmed"); drop_top, one_per_token, seed ("conformal")
-            ) -> Null:
+def fit_null(
+    logits: Tensor,  # (T, L, E) raw calibration logits of valid tokens, or (T, E) for one layer; not the data that is evaluated
+    kind: str = "kde",  # a name in KINDS
+    model: str = "",  # fingerprint of the model, compared by `Null.check`
+    **options,  # trim (of "trimmed"); as_seeded ("kde", "trimmed"); drop_top, one_per_token, seed ("conformal")
+) -> Null:
     "Fit a null distribution for every layer."
     allowed = KINDS[known(kind, KINDS, "kind of null")]
-    for name in options: known(name, allowed, f"option of a {kind} null")
-    if logits.ndim == 2: logits = logits[:, None]
-    if logits.ndim != 3 or logits.shape[0] < 2: raise ValueError(f"calibration logits must be (T, L, E) with at least 2 tokens, got shape {tuple(logits.shape)}")
+    for name in options:
+        known(name, allowed, f"option of a {kind} null")
+    if logits.ndim == 2:
+        logits = logits[:, None]
+    if logits.ndim != 3 or logits.shape[0] < 2:
+        raise ValueError(
+            f"calibration logits must be (T, L, E) with at least 2 tokens, got shape {tuple(logits.shape)}"
+        )
     o, knots, tails = {**allowed, **options}, [], []
     for layer in range(logits.shape[1]):
         x = logits[:, layer].detach().float().cpu()
-        if not x.isfinite().all(): raise ValueError(f"calibration logits of layer {layer} hold NaN or infinity")
+        if not x.isfinite().all():
+            raise ValueError(f"calibration logits of layer {layer} hold NaN or infinity")
         values = _pool(x, kind, o)
         if kind in ("kde", "trimmed"):
             low, step, tail = kde_tail(values, o["as_seeded"])
@@ -247,17 +334,19 @@ def _nth_float(order: Tensor) -> Tensor:
     bits = order.where(order >= 0, order ^ 0x7FFFFFFF).to(torch.int32)
     return bits.view(torch.float32)
 
+
 def _ladder(null: Null, alpha: "float | list[float]", layer: int, correction: str = "bh") -> Tensor:
     "For each rank the smallest float32 logit that passes, infinity where none does: (E,), or (A, E) for a list of A levels."
     levels = [alpha] if isinstance(alpha, float) else list(alpha)
     critical = torch.stack([critical_values(a, null.num_experts, correction) for a in levels])
-    low = torch.full(critical.shape, -0x7F800001)        # just below the most negative number: never asked
-    high = torch.full(critical.shape, 0x7F800000)        # infinity: passes by definition
+    low = torch.full(critical.shape, -0x7F800001)  # just below the most negative number: never asked
+    high = torch.full(critical.shape, 0x7F800000)  # infinity: passes by definition
     while (high - low > 1).any():
         middle = (low + high) // 2
         passes = null.p_values(_nth_float(middle), layer) <= critical
         low, high = low.where(passes, middle), high.where(~passes, middle)
     return _nth_float(high) if not isinstance(alpha, float) else _nth_float(high)[0]
+
 
 Null.thresholds = _ladder
 
@@ -265,23 +354,34 @@ Null.thresholds = _ladder
 @dataclass(frozen=True)
 class _Tested(Selector):
     "What BH, BY and HC share: a null, the clamps, and what is reported."
-    null: Null | None = field(default=None, kw_only=True)             # fitted on the model that is routed
-    keep_p_values: bool = field(default=False, kw_only=True)          # put p_values (T, E) float64 into the extras
+
+    null: Null | None = field(default=None, kw_only=True)  # fitted on the model that is routed
+    keep_p_values: bool = field(default=False, kw_only=True)  # put p_values (T, E) float64 into the extras
 
     def __post_init__(self):
         super().__post_init__()
-        if self.max_k is None: raise ValueError(f"{type(self).__name__} needs max_k, the most experts of a token: give the number of experts for no ceiling")
+        if self.max_k is None:
+            raise ValueError(
+                f"{type(self).__name__} needs max_k, the most experts of a token: give the number of experts for no ceiling"
+            )
         check_counts(self.min_k, self.max_k)
-        if not isinstance(self.null, Null): raise ValueError(f"{type(self).__name__} needs a null: pass null=fit_null(calibration_logits), got {self.null!r}")
+        if not isinstance(self.null, Null):
+            raise ValueError(
+                f"{type(self).__name__} needs a null: pass null=fit_null(calibration_logits), got {self.null!r}"
+            )
+
     def p_values(self, view: GateView) -> Tensor:
         "(T, E) float64; 1 for excluded experts."
         p = self.null.p_values(view.logits, view.context.layer)
         return p if view.choice is view.logits else p.masked_fill(view.choice == float("-inf"), 1.0)
+
     def clamp(self, view: GateView, keys: Tensor, raw: Tensor, p: Tensor | None) -> Routing:
         "The routing for raw counts (T,), keys (T, E) by choice, and p-values if they are to be kept."
         extras = {"count_raw": raw, "fallback": raw == 0}
-        if self.keep_p_values: extras["p_values"] = self.p_values(view) if p is None else p
+        if self.keep_p_values:
+            extras["p_values"] = self.p_values(view) if p is None else p
         return self.take(view, keys, raw.clamp(self.min_k, self.max_k), self.max_k, extras)
+
     def check(self, view: GateView):
         "Refuse a view that the null or the clamps do not fit."
         self.null.check(view.context.num_layers, view.num_experts)
@@ -291,43 +391,64 @@ class _Tested(Selector):
 @dataclass(frozen=True)
 class BH(_Tested):
     "As many experts as the Benjamini-Hochberg step-up rejects, between min_k and max_k."
-    alpha: float                     # level, in (0, 1)
-    max_k: int                       # most experts of a token
-    min_k: int = 1                   # fewest experts of a token
-    method: str = "ladder"           # "ladder" of logit thresholds, or "p_values", the textbook rule; same counts
-    ladder: Tensor | None = field(default=None, init=False, repr=False, compare=False)   # (L, E) int64 keys of the thresholds
+
+    alpha: float  # level, in (0, 1)
+    max_k: int  # most experts of a token
+    min_k: int = 1  # fewest experts of a token
+    method: str = "ladder"  # "ladder" of logit thresholds, or "p_values", the textbook rule; same counts
+    ladder: Tensor | None = field(
+        default=None, init=False, repr=False, compare=False
+    )  # (L, E) int64 keys of the thresholds
     correction = "bh"
 
     def __post_init__(self):
         super().__post_init__()
         in_range(self.alpha, 0, 1, "alpha", open_low=True, open_high=True)
         if known(self.method, ("ladder", "p_values"), "method") == "ladder":
-            steps = [self.null.thresholds(float(self.alpha), layer, self.correction) for layer in range(self.null.num_layers)]
-            object.__setattr__(self, "ladder", score_keys(torch.stack(steps), ids=0xFFFF))     # a logit equal to its threshold passes
+            steps = [
+                self.null.thresholds(float(self.alpha), layer, self.correction) for layer in range(self.null.num_layers)
+            ]
+            object.__setattr__(
+                self, "ladder", score_keys(torch.stack(steps), ids=0xFFFF)
+            )  # a logit equal to its threshold passes
+
     def decide(self, view: GateView) -> Routing:
         self.check(view)
         keys, layer = rank_keys(view.choice), view.context.layer
         if self.method == "p_values":
             p = self.p_values(view)
             return self.clamp(view, keys, (bh_count if self.correction == "bh" else by_count)(p, self.alpha), p)
-        if not layer < len(self.ladder): raise ValueError(f"layer = {layer}, but this null was fitted for {len(self.ladder)} layers: fit it on the model that is routed")
-        by_logit = keys if view.choice is view.logits else rank_keys(view.logits.where(view.choice > float("-inf"), float("-inf")))
+        if not layer < len(self.ladder):
+            raise ValueError(
+                f"layer = {layer}, but this null was fitted for {len(self.ladder)} layers: fit it on the model that is routed"
+            )
+        by_logit = (
+            keys
+            if view.choice is view.logits
+            else rank_keys(view.logits.where(view.choice > float("-inf"), float("-inf")))
+        )
         return self.clamp(view, keys, largest_passing(by_logit <= self.ladder[layer].to(keys.device)), None)
 
+# %% ../../nbs/12_routers.pvalue.ipynb #5da92ff0
 class BY(BH):
     "As `BH` with the Benjamini-Yekutieli correction: valid under arbitrary dependence, and stricter."
+
     correction = "by"
 
 # %% ../../nbs/12_routers.pvalue.ipynb #c676fff7
 def _check_beta(beta: "float | str"):
     "Raise unless beta is a positive number or 'auto'."
-    if isinstance(beta, str): known(beta, ("auto",), "beta (a positive number, or 'auto')")
-    else: in_range(beta, 0, float("inf"), "beta", open_low=True)
+    if isinstance(beta, str):
+        known(beta, ("auto",), "beta (a positive number, or 'auto')")
+    else:
+        in_range(beta, 0, float("inf"), "beta", open_low=True)
 
-def hc_count(p: Tensor,                          # (T, E) p-values
-             beta: "float | str" = "auto",       # share of the ranks that is searched, or "auto"
-             min_k: int = 1,                     # ranks below are not searched; the answer where nothing is left
-            ) -> Tensor:                         # (T,) int64, the rank of the largest Higher Criticism
+
+def hc_count(
+    p: Tensor,  # (T, E) p-values
+    beta: "float | str" = "auto",  # share of the ranks that is searched, or "auto"
+    min_k: int = 1,  # ranks below are not searched; the answer where nothing is left
+) -> Tensor:  # (T,) int64, the rank of the largest Higher Criticism
     "The number of experts at which Higher Criticism (Donoho and Jin 2004) is largest, computed in float64."
     _check_beta(beta)
     ranked = _sorted_p(p).clamp(1e-10, 1 - 1e-10)
@@ -335,8 +456,10 @@ def hc_count(p: Tensor,                          # (T, E) p-values
     in_range(min_k, 1, E, "min_k")
     rank = torch.arange(1, E + 1, device=ranked.device)
     hc = sqrt(E) * (rank / E - ranked) / (ranked * (1 - ranked) + 1e-10).sqrt()
-    if beta == "auto": searched = ranked < rank.double() / E
-    else: searched = (rank <= (E if beta >= 1 else max(1, int(E * beta)))).expand_as(ranked)
+    if beta == "auto":
+        searched = ranked < rank.double() / E
+    else:
+        searched = (rank <= (E if beta >= 1 else max(1, int(E * beta)))).expand_as(ranked)
     searched = searched & (rank >= min_k)
     best = hc.masked_fill(~searched, float("-inf")).argmax(-1) + 1
     return best.where(searched.any(-1), min_k)
@@ -345,13 +468,15 @@ def hc_count(p: Tensor,                          # (T, E) p-values
 @dataclass(frozen=True)
 class HC(_Tested):
     "As many experts as the rank at which Higher Criticism is largest, between min_k and max_k."
-    beta: "float | str" = .5         # share of the ranks that is searched, or "auto"
-    max_k: int = 16                  # most experts of a token; does not limit the search
-    min_k: int = 1                   # fewest experts of a token
+
+    beta: "float | str" = 0.5  # share of the ranks that is searched, or "auto"
+    max_k: int = 16  # most experts of a token; does not limit the search
+    min_k: int = 1  # fewest experts of a token
 
     def __post_init__(self):
         super().__post_init__()
         _check_beta(self.beta)
+
     def decide(self, view: GateView) -> Routing:
         self.check(view)
         p = self.p_values(view)
@@ -360,9 +485,11 @@ class HC(_Tested):
 # %% ../../nbs/12_routers.pvalue.ipynb #cd16001a
 DEPENDENCE = ("independent", "positive", "hostile")
 
+
 def _shuffles(rows: int, n: int, generator: torch.Generator) -> Tensor:
     "(rows, n) int64, a random order of 0..n-1 in each row."
     return rank_keys(torch.rand(rows, n, generator=generator)) & 0xFFFF
+
 
 def _hostile(tokens: int, nulls: int, num_experts: int, level: float, generator: torch.Generator) -> Tensor:
     "Null p-values (T, nulls), each uniform, jointly made to break a step-up with critical values level r / E (Guo and Rao 2008)."
@@ -370,60 +497,78 @@ def _hostile(tokens: int, nulls: int, num_experts: int, level: float, generator:
     high = level * (m + k) / num_experts
     low = (high - level / num_experts).where(k > 1, 0.0)
     chance = nulls * (high - low) / k
-    used = chance.flip(0).cumsum(0).flip(0) <= 1                    # as many strips as probability allows, the widest groups first
+    used = chance.flip(0).cumsum(0).flip(0) <= 1  # as many strips as probability allows, the widest groups first
     chance, low, high = chance[used], low[used], high[used]
     strip = torch.searchsorted(chance.cumsum(0), torch.rand(tokens, generator=generator, dtype=torch.float64))
     hit = strip < len(chance)
     strip = strip.clamp_(max=len(chance) - 1)
     u = torch.rand(tokens, nulls, generator=generator, dtype=torch.float64)
-    outside = u * (1 - (high[-1] - low[0]))                         # the strips are neighbours: leave out one interval
+    outside = u * (1 - (high[-1] - low[0]))  # the strips are neighbours: leave out one interval
     outside += (high[-1] - low[0]) * (outside > low[0])
     inside = low[strip][:, None] + u * (high - low)[strip][:, None]
     group = _shuffles(tokens, nulls, generator) < k[used][strip][:, None]
     return inside.where(group & hit[:, None], outside)
 
 # %% ../../nbs/12_routers.pvalue.ipynb #c91424a2
-def planted_logits(tokens: int,                        # T
-                   num_experts: int = 64,              # E
-                   planted: int = 4,                   # experts of a token that carry signal, at random places
-                   shift: float = 4.0,                 # their mean, in standard deviations of the nulls
-                   dependence: str = "independent",    # of the nulls of a token: a name in DEPENDENCE
-                   level: float | None = None,         # level of the step-up that "hostile" is aimed at
-                   generator: torch.Generator | None = None,
-                  ) -> tuple[Tensor, Tensor]:          # logits (T, E) float32, is_null (T, E) bool
+def planted_logits(
+    tokens: int,  # T
+    num_experts: int = 64,  # E
+    planted: int = 4,  # experts of a token that carry signal, at random places
+    shift: float = 4.0,  # their mean, in standard deviations of the nulls
+    dependence: str = "independent",  # of the nulls of a token: a name in DEPENDENCE
+    level: float | None = None,  # level of the step-up that "hostile" is aimed at
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:  # logits (T, E) float32, is_null (T, E) bool
     "Logits with known truth: every null is N(0, 1) on its own, planted experts are N(shift, 1)."
     known(dependence, DEPENDENCE, "dependence")
     in_range(planted, 0, num_experts - 1, "planted")
     nulls = num_experts - planted
     if dependence == "hostile":
-        if level is None: raise ValueError("hostile dependence is aimed at one level: pass level=alpha (divided by 1 + 1/2 + ... + 1/E against BY)")
+        if level is None:
+            raise ValueError(
+                "hostile dependence is aimed at one level: pass level=alpha (divided by 1 + 1/2 + ... + 1/E against BY)"
+            )
         p = _hostile(tokens, nulls, num_experts, level, generator)
         noise = -torch.special.ndtri(p.clamp_(1e-300, 1 - 2**-53)).float()
-    else: noise = torch.randn(tokens, nulls, generator=generator)
-    if dependence == "positive": noise = .5**.5 * noise + .5**.5 * torch.randn(tokens, 1, generator=generator)
+    else:
+        noise = torch.randn(tokens, nulls, generator=generator)
+    if dependence == "positive":
+        noise = 0.5**0.5 * noise + 0.5**0.5 * torch.randn(tokens, 1, generator=generator)
     logits = torch.cat([torch.randn(tokens, planted, generator=generator) + shift, noise], 1)
     place = _shuffles(tokens, num_experts, generator)
     return logits.gather(1, place), place >= planted
 
 # %% ../../nbs/12_routers.pvalue.ipynb #c4e2b70c
-def fdr_study(rule: str = "bh",                    # "bh" or "by"
-              dependence: str = "independent",     # a name in DEPENDENCE
-              alphas: tuple = (.01, .05, .1, .2, .3, .4, .5, .6),
-              null: str = "conformal",             # kind of null
-              draws: int = 200,                    # calibration draws
-              tokens: int = 15_000,                # tokens in all, spread over the draws
-              calibration: int = 500,              # calibration tokens of a draw, E logits each
-              num_experts: int = 64, planted: int = 4, shift: float = 4.0, seed: int = 0,
-             ) -> list[dict]:                      # one row a level: rule, dependence, null, alpha, null_share, draws, tokens, rejected, fdr, upper99, held
+def fdr_study(
+    rule: str = "bh",  # "bh" or "by"
+    dependence: str = "independent",  # a name in DEPENDENCE
+    alphas: tuple = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
+    null: str = "conformal",  # kind of null
+    draws: int = 200,  # calibration draws
+    tokens: int = 15_000,  # tokens in all, spread over the draws
+    calibration: int = 500,  # calibration tokens of a draw, E logits each
+    num_experts: int = 64,
+    planted: int = 4,
+    shift: float = 4.0,
+    seed: int = 0,
+) -> list[
+    dict
+]:  # one row a level: rule, dependence, null, alpha, null_share, draws, tokens, rejected, fdr, upper99, held
     "The false discovery rate of BH or BY on planted experts, before min_k, with a one-sided 99 % bound over calibration draws."
     from scipy.stats import t as student
+
     known(rule, CORRECTIONS, "rule")
     generator, E, each = torch.Generator().manual_seed(seed), num_experts, -(-tokens // draws)
-    strictness = float(critical_values(.5, E, rule)[-1]) / .5
-    found, share = torch.zeros(len(alphas), draws, dtype=torch.float64), torch.zeros(len(alphas), draws, dtype=torch.float64)
+    strictness = float(critical_values(0.5, E, rule)[-1]) / 0.5
+    found, share = (
+        torch.zeros(len(alphas), draws, dtype=torch.float64),
+        torch.zeros(len(alphas), draws, dtype=torch.float64),
+    )
     for draw in range(draws):
-        if null == "conformal": sample = torch.randn(calibration, E, generator=generator)
-        else: sample = planted_logits(calibration, E, planted, shift, "independent", None, generator)[0]
+        if null == "conformal":
+            sample = torch.randn(calibration, E, generator=generator)
+        else:
+            sample = planted_logits(calibration, E, planted, shift, "independent", None, generator)[0]
         ladders = score_keys(fit_null(sample, null).thresholds(list(alphas), 0, rule), ids=0xFFFF)
         for a, alpha in enumerate(alphas):
             if a == 0 or dependence == "hostile":
@@ -433,6 +578,20 @@ def fdr_study(rule: str = "bh",                    # "bh" or "by"
             count = largest_passing(keys <= ladders[a])
             found[a, draw] = count.double().mean()
             share[a, draw] = (wrong.gather(1, count[:, None])[:, 0] / count.clamp(min=1)).double().mean()
-    bound = share.mean(1) + student.ppf(.99, draws - 1) * share.std(1) / draws**.5
-    return [{"rule": rule, "dependence": dependence, "null": null, "alpha": alpha, "null_share": 1 - planted / E, "draws": draws, "tokens": each * draws,
-             "rejected": float(found[a].mean()), "fdr": float(share[a].mean()), "upper99": float(bound[a]), "held": bool(bound[a] <= alpha + .01)} for a, alpha in enumerate(alphas)]
+    bound = share.mean(1) + student.ppf(0.99, draws - 1) * share.std(1) / draws**0.5
+    return [
+        {
+            "rule": rule,
+            "dependence": dependence,
+            "null": null,
+            "alpha": alpha,
+            "null_share": 1 - planted / E,
+            "draws": draws,
+            "tokens": each * draws,
+            "rejected": float(found[a].mean()),
+            "fdr": float(share[a].mean()),
+            "upper99": float(bound[a]),
+            "held": bool(bound[a] <= alpha + 0.01),
+        }
+        for a, alpha in enumerate(alphas)
+    ]

@@ -17,36 +17,46 @@ from .expert_choice import allowed_logits, budget, refuse_generation, valid_rows
 from .topk import Selector, chosen, rank_keys, whole
 
 # %% ../../nbs/16_routers.sinkhorn.ipynb #c8aa7236
-def log_sinkhorn(scores: Tensor,            # (T, E), higher is better; minus infinity excludes
-                 epsilon: float = .1,       # weight of the entropy: smaller is closer to a hard assignment, and slower to balance
-                 iterations: int = 20,      # pairs of row and column steps
-                 valid: Tensor | None = None,   # (T,) bool, rows that count; the others get nothing
-                 tolerance: float = 0.0,    # stop earlier once no column is further than this from its target; 0: never
-                ) -> Tensor:                # (T, E), logarithm of the plan, rows not yet normalised
+def log_sinkhorn(
+    scores: Tensor,  # (T, E), higher is better; minus infinity excludes
+    epsilon: float = 0.1,  # weight of the entropy: smaller is closer to a hard assignment, and slower to balance
+    iterations: int = 20,  # pairs of row and column steps
+    valid: Tensor | None = None,  # (T,) bool, rows that count; the others get nothing
+    tolerance: float = 0.0,  # stop earlier once no column is further than this from its target; 0: never
+) -> Tensor:  # (T, E), logarithm of the plan, rows not yet normalised
     "Sinkhorn's algorithm in logarithms, rows and columns in turn; float64 scores stay so."
     in_range(epsilon, 0, float("inf"), "epsilon of Sinkhorn", open_low=True, open_high=True)
     in_range(whole(iterations, "iterations"), 1, float("inf"), "iterations of Sinkhorn")
     M = (scores if scores.dtype == torch.float64 else scores.float()) / epsilon
-    if valid is not None: M = M.masked_fill(~valid[:, None], float("-inf"))
-    if not M.numel(): return M
+    if valid is not None:
+        M = M.masked_fill(~valid[:, None], float("-inf"))
+    if not M.numel():
+        return M
     top = M.detach().amax(-1, keepdim=True)
     M = M - top.masked_fill(top == float("-inf"), 0)
     rows, columns = (top > float("-inf")), (M > float("-inf")).any(0)
-    target = (rows.sum() / columns.sum().clamp_min(1)).log()      # of each column that can be used at all
+    target = (rows.sum() / columns.sum().clamp_min(1)).log()  # of each column that can be used at all
     g = torch.zeros_like(M[0])
     for _ in range(iterations):
         f = -(M + g).logsumexp(-1, keepdim=True).masked_fill(~rows, 0)
         sums = (M + f).logsumexp(0)
-        if tolerance and ((sums + g).exp() - target.exp()).abs().masked_fill(~columns, 0).max() <= tolerance: break
+        if tolerance and ((sums + g).exp() - target.exp()).abs().masked_fill(~columns, 0).max() <= tolerance:
+            break
         g = (target - sums).masked_fill(~columns, 0)
     return M + f + g
 
 # %% ../../nbs/16_routers.sinkhorn.ipynb #c981057d
-def sinkhorn(scores: Tensor, epsilon: float = .1, iterations: int = 20, valid: Tensor | None = None, tolerance: float = 0.0,   # as `log_sinkhorn`
-            ) -> tuple[Tensor, Tensor]:   # plan (T, E) float32 whose rows sum to 1 (0 where invalid), max_vio ()
+def sinkhorn(
+    scores: Tensor,
+    epsilon: float = 0.1,
+    iterations: int = 20,
+    valid: Tensor | None = None,
+    tolerance: float = 0.0,  # as `log_sinkhorn`
+) -> tuple[Tensor, Tensor]:  # plan (T, E) float32 whose rows sum to 1 (0 where invalid), max_vio ()
     "The plan, and the largest absolute deviation of a row sum from 1 or of a column sum from N / E."
     P = log_sinkhorn(scores.detach(), epsilon, iterations, valid, tolerance).exp()
-    if not P.numel(): return P, P.new_zeros(())
+    if not P.numel():
+        return P, P.new_zeros(())
     P = P / (P.sum(-1, keepdim=True) + 1e-8)
     rows = (scores > float("-inf")).any(-1) if valid is None else valid & (scores > float("-inf")).any(-1)
     columns = P.sum(0) - rows.sum() / P.shape[1]
@@ -56,62 +66,80 @@ def sinkhorn(scores: Tensor, epsilon: float = .1, iterations: int = 20, valid: T
 @dataclass(frozen=True)
 class Sinkhorn(Selector):
     "The k experts with the largest entries of a balanced Sinkhorn plan over the batch (Clark et al. 2022, arXiv 2202.01169)."
-    k: int | None = None     # experts per token; None: the model's own number
-    epsilon: float = .1      # weight of the entropy, in units of the logits
-    iterations: int = 20     # pairs of row and column steps
+
+    k: int | None = None  # experts per token; None: the model's own number
+    epsilon: float = 0.1  # weight of the entropy, in units of the logits
+    iterations: int = 20  # pairs of row and column steps
 
     def __post_init__(self):
         super().__post_init__()
-        if self.k is not None: in_range(whole(self.k, "k"), 1, float("inf"), "k")
+        if self.k is not None:
+            in_range(whole(self.k, "k"), 1, float("inf"), "k")
         in_range(self.epsilon, 0, float("inf"), "epsilon of Sinkhorn", open_low=True, open_high=True)
         in_range(whole(self.iterations, "iterations"), 1, float("inf"), "iterations of Sinkhorn")
-    def plan(self, view: GateView) -> Tensor:   # (T, E), logarithm
-        refuse_generation(view, f"{type(self).__name__} routing", "use a router whose eval_rule decides token by token, such as topk")
+
+    def plan(self, view: GateView) -> Tensor:  # (T, E), logarithm
+        refuse_generation(
+            view, f"{type(self).__name__} routing", "use a router whose eval_rule decides token by token, such as topk"
+        )
         return log_sinkhorn(allowed_logits(view), self.epsilon, self.iterations, view.context.valid)
+
     def decide(self, view: GateView) -> Routing:
         return self.settle(view, chosen(rank_keys(self.plan(view)), k_of(self, view)))
 
 # %% ../../nbs/16_routers.sinkhorn.ipynb #c6e03b62
-def _ranks(scores: Tensor) -> Tensor:      # (T, E) int64: the place of the token in the expert's own order, 0 the best
+def _ranks(scores: Tensor) -> Tensor:  # (T, E) int64: the place of the token in the expert's own order, 0 the best
     "Ties by rising row."
     columns, T = scores.t().contiguous(), len(scores)
     order = rank_keys(columns) & 0xFFFF if T <= 0xFFFF else columns.sort(dim=-1, descending=True, stable=True).indices
     return torch.empty_like(order).scatter_(1, order, torch.arange(T, device=order.device).expand_as(order)).t()
 
-def _accept(scores: Tensor, k: int, capacity: int) -> Tensor:     # (T, E) bool
+
+def _accept(scores: Tensor, k: int, capacity: int) -> Tensor:  # (T, E) bool
     "Deferred acceptance: k bids of every token, at most `capacity` tokens for an expert."
     T, E = scores.shape
     order, ranks = chosen(rank_keys(scores), E), _ranks(scores)
-    place = torch.cat([ranks, ranks.new_full((T, 1), T)], 1).gather(1, order)        # in the token's own order; excluded experts never accept
+    place = torch.cat([ranks, ranks.new_full((T, 1), T)], 1).gather(
+        1, order
+    )  # in the token's own order; excluded experts never accept
     limit = ranks.new_full((E + 1,), T)
     while True:
         open_ = place < limit[order]
         take = open_ & (open_.cumsum(1) <= k)
         want = torch.zeros(T, E + 1, dtype=torch.bool, device=scores.device).scatter_(1, order, take)[:, :E]
         over = (want.sum(0) > capacity).nonzero().squeeze(1)
-        if not len(over): return want
+        if not len(over):
+            return want
         bids = ranks[:, over].masked_fill(~want[:, over], T).t().contiguous()
-        limit[over] = bids.kthvalue(capacity + 1).values                              # the first one refused
+        limit[over] = bids.kthvalue(capacity + 1).values  # the first one refused
 
 # %% ../../nbs/16_routers.sinkhorn.ipynb #c795777b
-def _fill(want: Tensor, scores: Tensor, k: int, capacity: int) -> Tensor:    # (T, E) bool
+def _fill(want: Tensor, scores: Tensor, k: int, capacity: int) -> Tensor:  # (T, E) bool
     "Give tokens that are short of experts the places that are left, by exchanges; changes `want`."
     usable = scores > float("-inf")
     wanted = usable.sum(-1).clamp_max(k)
     while True:
         short, room = (wanted > want.sum(-1)).nonzero().squeeze(1), capacity - want.sum(0)
-        if not len(short) or not (room > 0).any(): return want
+        if not len(short) or not (room > 0).any():
+            return want
         moved = False
         for f in (room > 0).nonzero().squeeze(1).tolist():
-            if not len(short): break
-            loss = (scores - scores[:, f:f + 1]).masked_fill(~want | (want[:, f] | ~usable[:, f])[:, None], float("inf"))   # of token u leaving g for f
+            if not len(short):
+                break
+            loss = (scores - scores[:, f : f + 1]).masked_fill(
+                ~want | (want[:, f] | ~usable[:, f])[:, None], float("inf")
+            )  # of token u leaving g for f
             cheapest = loss.topk(min(len(short), len(loss)), dim=0, largest=False)
             gain = (scores[short] - cheapest.values[0]).masked_fill(want[short], float("-inf"))
             best, g = gain.max(-1)
-            nth = torch.nn.functional.one_hot(g, len(room)).cumsum(0).gather(1, g[:, None]).squeeze(1) - 1      # how many before me want the same g
+            nth = (
+                torch.nn.functional.one_hot(g, len(room)).cumsum(0).gather(1, g[:, None]).squeeze(1) - 1
+            )  # how many before me want the same g
             u, cost = cheapest.indices[nth, g], cheapest.values[nth, g]
             rows = torch.arange(len(u), device=u.device)
-            first = rows.new_full((len(want),), len(u)).scatter_reduce_(0, u, rows, "amin")[u] == rows           # a token moves once in a round
+            first = (
+                rows.new_full((len(want),), len(u)).scatter_reduce_(0, u, rows, "amin")[u] == rows
+            )  # a token moves once in a round
             done = first & cost.isfinite() & best.isfinite()
             done &= done.cumsum(0) <= room[f]
             t, u, g = short[done], u[done], g[done]
@@ -119,37 +147,46 @@ def _fill(want: Tensor, scores: Tensor, k: int, capacity: int) -> Tensor:    # (
             want[t, g] = True
             moved |= len(t) > 0
             room, short = capacity - want.sum(0), (wanted > want.sum(-1)).nonzero().squeeze(1)
-        if not moved: return want
+        if not moved:
+            return want
 
 # %% ../../nbs/16_routers.sinkhorn.ipynb #cfaa18ac
-def quota_assign(scores: Tensor,              # (T, E), higher is better; minus infinity excludes
-                 k: int,                      # experts wanted by each token
-                 capacity: int,               # most tokens of an expert
-                 valid: Tensor | None = None, # (T,) bool; other rows get no expert
-                 fill: bool = True,           # exchange places so that nobody is short where E capacity >= T k and no expert is excluded
-                ) -> Tensor:                  # (T, k) int64, largest score first; an unused slot holds E
+def quota_assign(
+    scores: Tensor,  # (T, E), higher is better; minus infinity excludes
+    k: int,  # experts wanted by each token
+    capacity: int,  # most tokens of an expert
+    valid: Tensor | None = None,  # (T,) bool; other rows get no expert
+    fill: bool = True,  # exchange places so that nobody is short where E capacity >= T k and no expert is excluded
+) -> Tensor:  # (T, k) int64, largest score first; an unused slot holds E
     "Assign k experts to each token so that no expert has more than `capacity` tokens, by deferred acceptance."
     in_range(whole(k, "k"), 1, scores.shape[1], "k of the quota assignment among this gate's experts")
     in_range(whole(capacity, "capacity"), 1, float("inf"), "capacity of the quota assignment")
     scores = scores.detach().float()
-    if scores.isnan().any(): raise ValueError("scores of the quota assignment hold NaN: minus infinity is what excludes an expert")
-    if valid is not None: scores = scores.masked_fill(~valid[:, None], float("-inf"))
-    if not len(scores): return torch.empty(0, k, dtype=torch.int64, device=scores.device)
+    if scores.isnan().any():
+        raise ValueError("scores of the quota assignment hold NaN: minus infinity is what excludes an expert")
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None], float("-inf"))
+    if not len(scores):
+        return torch.empty(0, k, dtype=torch.int64, device=scores.device)
     want = _accept(scores, k, capacity)
-    if fill: want = _fill(want, scores, k, capacity)
+    if fill:
+        want = _fill(want, scores, k, capacity)
     return chosen(rank_keys(scores.masked_fill(~want, float("-inf"))), k)
 
 # %% ../../nbs/16_routers.sinkhorn.ipynb #cfea97f2-2
 @dataclass(frozen=True)
 class SBase(Sinkhorn):
     "k experts for every token under a hard quota, assigned on a Sinkhorn plan (after Lewis et al. 2021, arXiv 2103.16716, and Clark et al. 2022)."
-    capacity_factor: float = 1.0     # quota of an expert, as a multiple of T k / E
+
+    capacity_factor: float = 1.0  # quota of an expert, as a multiple of T k / E
 
     def __post_init__(self):
         super().__post_init__()
         in_range(self.capacity_factor, 0, float("inf"), "capacity_factor", open_low=True, open_high=True)
+
     def decide(self, view: GateView) -> Routing:
         k, plan = k_of(self, view), self.plan(view)
         places = budget(int(valid_rows(view).sum()), view.num_experts, k, self.capacity_factor)
-        if not places: return self.settle(view, torch.full((len(plan), k), view.num_experts, device=plan.device))
+        if not places:
+            return self.settle(view, torch.full((len(plan), k), view.num_experts, device=plan.device))
         return self.settle(view, quota_assign(plan, k, places, view.context.valid))

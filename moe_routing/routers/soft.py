@@ -16,23 +16,29 @@ from .topk import Selector, chosen, rank_keys, whole
 @dataclass(frozen=True)
 class _Hardest(Selector):
     "Base of the rules of this chapter: the k experts that the gate ranks highest."
-    k: int | None = None     # experts per token; None: the model's own number
+
+    k: int | None = None  # experts per token; None: the model's own number
 
     def __post_init__(self):
         super().__post_init__()
-        if self.k is not None: in_range(whole(self.k, "k"), 1, float("inf"), "k")
-    def decide(self, view: GateView) -> Routing: return self.settle(view, chosen(rank_keys(view.choice), k_of(self, view)))
+        if self.k is not None:
+            in_range(whole(self.k, "k"), 1, float("inf"), "k")
+
+    def decide(self, view: GateView) -> Routing:
+        return self.settle(view, chosen(rank_keys(view.choice), k_of(self, view)))
 
 # %% ../../nbs/15_routers.soft.ipynb #cfea97f2-2
 @dataclass(frozen=True)
 class SoftK(_Hardest):
     "The k strongest experts, weighed by a softmax over their logits; `temperature` divides those logits."
+
     weigh: str = field(default="softk", kw_only=True)
 
 # %% ../../nbs/15_routers.soft.ipynb #cfea97f2-3
 @dataclass(frozen=True)
 class SummedTopK(_Hardest):
     "The k strongest experts, weighed by the positive part of their logits over its sum."
+
     weigh: str = field(default="sum", kw_only=True)
 
     def decide(self, view: GateView) -> Routing:
@@ -44,11 +50,15 @@ class SummedTopK(_Hardest):
 @dataclass(frozen=True)
 class Top1AsShipped(Selector):
     "The strongest expert with weight 1, as a published benchmark shipped it; the gate gets no gradient."
+
     weigh: str = field(default="one", kw_only=True)
 
-    def decide(self, view: GateView) -> Routing: return self.settle(view, chosen(rank_keys(view.choice), 1))
+    def decide(self, view: GateView) -> Routing:
+        return self.settle(view, chosen(rank_keys(view.choice), 1))
+
 
 @dataclass(frozen=True)
 class TopKHardAsShipped(_Hardest):
     "The k strongest experts, each with weight 1, as a published benchmark shipped it; the gate gets no gradient."
+
     weigh: str = field(default="one", kw_only=True)

@@ -22,11 +22,14 @@ from .sinkhorn import log_sinkhorn, quota_assign
 from .topk import Selector, chosen, rank_keys, whole
 
 # %% ../../nbs/18_routers.spectra.ipynb #c1b73b90
-def gru_step(x: Tensor,              # (T, H)
-             state: Tensor | None,   # (T, E, R), or None: zeros
-             W: Tensor, b: Tensor,   # (3, E, R, H), (3, E, R): update, reset, candidate, from x
-             U: Tensor, c: Tensor,   # (3, E, R, E, R), (3, E, R): the same from the state
-            ) -> Tensor:             # (T, E, R)
+def gru_step(
+    x: Tensor,  # (T, H)
+    state: Tensor | None,  # (T, E, R), or None: zeros
+    W: Tensor,
+    b: Tensor,  # (3, E, R, H), (3, E, R): update, reset, candidate, from x
+    U: Tensor,
+    c: Tensor,  # (3, E, R, E, R), (3, E, R): the same from the state
+) -> Tensor:  # (T, E, R)
     "One step of the gated recurrent unit whose reset acts before the product (Cho et al. 2014, arXiv 1406.1078)."
     E, R = W.shape[1:3]
     size = E * R
@@ -35,63 +38,82 @@ def gru_step(x: Tensor,              # (T, H)
         update, _, candidate = given.split(size, 1)
         return ((1 - update.sigmoid()) * candidate.tanh()).view(-1, E, R)
     h = state.reshape(len(x), size)
-    update, reset = (given[:, :2 * size] + linear(h, U[:2].reshape(2 * size, size))).sigmoid().split(size, 1)
-    candidate = (given[:, 2 * size:] + linear(h * reset, U[2].reshape(size, size))).tanh()
+    update, reset = (given[:, : 2 * size] + linear(h, U[:2].reshape(2 * size, size))).sigmoid().split(size, 1)
+    candidate = (given[:, 2 * size :] + linear(h * reset, U[2].reshape(size, size))).tanh()
     return torch.lerp(candidate, h, update).view(-1, E, R)
 
 # %% ../../nbs/18_routers.spectra.ipynb #ce9da144
-def expert_representation(e: Tensor,                   # (T, E, R) unit vectors
-                          valid: Tensor | None = None, # (T,) bool
-                         ) -> Tensor:                  # (E, R) unit vectors
+def expert_representation(
+    e: Tensor,  # (T, E, R) unit vectors
+    valid: Tensor | None = None,  # (T,) bool
+) -> Tensor:  # (E, R) unit vectors
     "The direction of each expert's mean expression over the valid tokens."
     return normalize((e if valid is None else e * valid[:, None, None]).sum(0), dim=-1)
 
-def newton_schulz(W: Tensor,       # (a, b)
-                  steps: int = 3,
-                 ) -> Tensor:      # (a, b)
+
+def newton_schulz(
+    W: Tensor,  # (a, b)
+    steps: int = 3,
+) -> Tensor:  # (a, b)
     "Move the singular values of W towards 1: W / |W| and `steps` times X <- 1.5 X - .5 X X'X."
     X = W / W.norm().clamp_min(1e-12)
     X = X.t() if X.shape[0] < X.shape[1] else X
-    for _ in range(steps): X = 1.5 * X - .5 * X @ (X.t() @ X)
+    for _ in range(steps):
+        X = 1.5 * X - 0.5 * X @ (X.t() @ X)
     return X if X.shape == W.shape else X.t()
 
 # %% ../../nbs/18_routers.spectra.ipynb #ca3a0e73
-def osr_cost(similarity: Tensor,          # (T, E)
-             representation: Tensor,      # (E, R) unit vectors
-             repulsion: float = .5,       # lambda
-             saturation: float = 0.0,     # beta
-             threshold: float = .7,       # tau
-            ) -> Tensor:                  # (T, E), lower is better
+def osr_cost(
+    similarity: Tensor,  # (T, E)
+    representation: Tensor,  # (E, R) unit vectors
+    repulsion: float = 0.5,  # lambda
+    saturation: float = 0.0,  # beta
+    threshold: float = 0.7,  # tau
+) -> Tensor:  # (T, E), lower is better
     "Cost of each expert for each token (seed 001, OSR)."
     G = representation @ representation.t()
     cost = -similarity
-    if repulsion: cost = cost + repulsion * similarity.abs() @ (G - torch.diag_embed(G.diagonal())).square()
+    if repulsion:
+        cost = cost + repulsion * similarity.abs() @ (G - torch.diag_embed(G.diagonal())).square()
     return cost + saturation * (similarity.abs() - threshold).relu().square() if saturation else cost
 
 # %% ../../nbs/18_routers.spectra.ipynb #cbf98971
-def plain_log_plan(scores: Tensor, epsilon: float, iterations: int) -> Tensor:   # as `log_sinkhorn`
+def plain_log_plan(scores: Tensor, epsilon: float, iterations: int) -> Tensor:  # as `log_sinkhorn`
     "Sinkhorn by products, in float64. ValueError where an exponential would underflow."
     M = scores.double()
     spread = float(M.detach().amax() - M.detach().amin()) / epsilon if M.numel() else 0.0
-    if spread > 600: raise ValueError(f"plain Sinkhorn underflows: the cost range is {spread:.0f} times epsilon = {epsilon:g}, at most 600 can be held: raise sinkhorn_epsilon or set log_sinkhorn_enabled=True")
+    if spread > 600:
+        raise ValueError(
+            f"plain Sinkhorn underflows: the cost range is {spread:.0f} times epsilon = {epsilon:g}, at most 600 can be held: raise sinkhorn_epsilon or set log_sinkhorn_enabled=True"
+        )
     P = ((M - M.amax(-1, keepdim=True).detach()) / epsilon).exp() if M.numel() else M
     for _ in range(iterations):
         P = P / P.sum(1, keepdim=True).clamp_min(1e-300)
         P = P / P.sum(0).clamp_min(1e-300) * (len(P) / P.shape[1])
     return P.clamp_min(1e-300).log()
 
-def osr_plan(scores: Tensor,                    # (T, E), higher is better: minus the cost
-             epsilon: float = .1,               # > 0
-             iterations: int = 3,               # >= 1
-             log_domain: bool = True,
-             valid: Tensor | None = None,       # (T,) bool
-            ) -> Tensor:                        # (T, E) float32, log of the plan, rows of sum 1
+# %% ../../nbs/18_routers.spectra.ipynb #ae2e97d9
+def osr_plan(
+    scores: Tensor,  # (T, E), higher is better: minus the cost
+    epsilon: float = 0.1,  # > 0
+    iterations: int = 3,  # >= 1
+    log_domain: bool = True,
+    valid: Tensor | None = None,  # (T,) bool
+) -> Tensor:  # (T, E) float32, log of the plan, rows of sum 1
     "The logarithm of the balanced plan, with its gradient. Raises ValueError for epsilon <= 0 or iterations < 1."
-    in_range(epsilon, 0, float("inf"), "sinkhorn_epsilon", open_low=True, open_high=True), in_range(whole(iterations, "sinkhorn_iterations"), 1, float("inf"), "sinkhorn_iterations")
-    if valid is not None and not valid.all():                    # padding takes no part, and its gradient is exactly 0
+    (
+        in_range(epsilon, 0, float("inf"), "sinkhorn_epsilon", open_low=True, open_high=True),
+        in_range(whole(iterations, "sinkhorn_iterations"), 1, float("inf"), "sinkhorn_iterations"),
+    )
+    if valid is not None and not valid.all():  # padding takes no part, and its gradient is exactly 0
         out = scores.new_full(scores.shape, float("-inf"), dtype=torch.float32)
-        return out.masked_scatter(valid[:, None], osr_plan(scores[valid], epsilon, iterations, log_domain)) if valid.any() else out
-    if not log_domain: logs = plain_log_plan(scores, epsilon, iterations)
+        return (
+            out.masked_scatter(valid[:, None], osr_plan(scores[valid], epsilon, iterations, log_domain))
+            if valid.any()
+            else out
+        )
+    if not log_domain:
+        logs = plain_log_plan(scores, epsilon, iterations)
     else:
         seen = scores.detach()
         wide = seen.numel() > 0 and float(seen.amax() - seen.amin()) > 70 * epsilon
@@ -99,11 +121,18 @@ def osr_plan(scores: Tensor,                    # (T, E), higher is better: minu
     return logs.log_softmax(-1).float()
 
 # %% ../../nbs/18_routers.spectra.ipynb #c18968f8
-def quota_as_shipped(P: Tensor,         # (T, E), higher is better
-                     k: int, capacity: int,
-                    ) -> tuple[Tensor, Tensor]:   # experts (T, k), fallback (T,) bool
+def quota_as_shipped(
+    P: Tensor,  # (T, E), higher is better
+    k: int,
+    capacity: int,
+) -> tuple[Tensor, Tensor]:  # experts (T, k), fallback (T,) bool
     "The shipped selection: k rounds, room checked at the start of a round, a full expert as last resort."
-    room, taken, fallback, out = torch.full((P.shape[1],), capacity, device=P.device), torch.zeros_like(P, dtype=torch.bool), torch.zeros(len(P), dtype=torch.bool, device=P.device), []
+    room, taken, fallback, out = (
+        torch.full((P.shape[1],), capacity, device=P.device),
+        torch.zeros_like(P, dtype=torch.bool),
+        torch.zeros(len(P), dtype=torch.bool, device=P.device),
+        [],
+    )
     for _ in range(k):
         free = P.masked_fill(taken | (room <= 0), float("-inf"))
         none = free.amax(-1) == float("-inf")
@@ -113,106 +142,220 @@ def quota_as_shipped(P: Tensor,         # (T, E), higher is better
         out.append(pick)
     return torch.stack(out, 1), fallback
 
+# %% ../../nbs/18_routers.spectra.ipynb #1a684b67
 @dataclass(frozen=True)
 class Quota(Selector):
     "The k best experts of `view.choice` under a hard quota for each expert; without `expert_choice_routing` plain top-k (seed 001)."
+
     k: int | None = None
-    expert_choice_routing: bool = True            # the quota
-    expert_choice_capacity_factor: float = 1.25   # > 0
-    quota_is_hard: bool = True                    # False: as shipped
+    expert_choice_routing: bool = True  # the quota
+    expert_choice_capacity_factor: float = 1.25  # > 0
+    quota_is_hard: bool = True  # False: as shipped
 
     def __post_init__(self):
         super().__post_init__()
-        if self.k is not None: in_range(whole(self.k, "k"), 1, float("inf"), "k")
-        in_range(self.expert_choice_capacity_factor, 0, float("inf"), "expert_choice_capacity_factor", open_low=True, open_high=True)
+        if self.k is not None:
+            in_range(whole(self.k, "k"), 1, float("inf"), "k")
+        in_range(
+            self.expert_choice_capacity_factor,
+            0,
+            float("inf"),
+            "expert_choice_capacity_factor",
+            open_low=True,
+            open_high=True,
+        )
+
     def decide(self, view: GateView) -> Routing:
         k, valid, E = k_of(self, view), valid_rows(view), view.num_experts
         choice = view.choice.masked_fill(~valid[:, None], float("-inf"))
         wanted = chosen(rank_keys(choice), k)
-        if not self.expert_choice_routing or not valid.any(): return self.settle(view, wanted)
+        if not self.expert_choice_routing or not valid.any():
+            return self.settle(view, wanted)
         refuse_generation(view, "a quota", "set expert_choice_routing=False")
         capacity = min(int(valid.sum()), expert_capacity(int(valid.sum()), E, k, self.expert_choice_capacity_factor))
         if E * capacity < int(valid.sum()) * k and self.expert_choice_capacity_factor < 1 and self.quota_is_hard:
-            raise ValueError(f"expert_choice_capacity_factor = {self.expert_choice_capacity_factor:g} leaves {E} experts room for {E * capacity} choices where {int(valid.sum())} tokens make {int(valid.sum()) * k}: "
-                             "give a factor of at least 1")
-        extras = {"demand": torch.bincount(wanted.flatten(), minlength=E + 1)[:-1], "demand_counts": (wanted < E).sum(-1), "capacity": capacity}
-        if self.quota_is_hard: experts = quota_assign(choice, k, capacity, fill=False)
+            raise ValueError(
+                f"expert_choice_capacity_factor = {self.expert_choice_capacity_factor:g} leaves {E} experts room for {E * capacity} choices where {int(valid.sum())} tokens make {int(valid.sum()) * k}: "
+                "give a factor of at least 1"
+            )
+        extras = {
+            "demand": torch.bincount(wanted.flatten(), minlength=E + 1)[:-1],
+            "demand_counts": (wanted < E).sum(-1),
+            "capacity": capacity,
+        }
+        if self.quota_is_hard:
+            experts = quota_assign(choice, k, capacity, fill=False)
         else:
             experts, extras["fallback"] = quota_as_shipped(choice.exp(), k, capacity)
             experts = experts.masked_fill(~valid[:, None], E)
         return self.settle(view, experts, {**extras, "refused": (experts < E).sum(-1) < extras["demand_counts"]})
 
 # %% ../../nbs/18_routers.spectra.ipynb #c57f1c65
-def soft_orthogonality(representation: Tensor,   # (E, R) unit vectors
-                      ) -> Tensor:
+def soft_orthogonality(
+    representation: Tensor,  # (E, R) unit vectors
+) -> Tensor:
     "SRIP: .7 |G - I|_F^2 + .3 |G - I|_2^2."
     G = representation @ representation.t()
     D = G - torch.eye(len(G), device=G.device)
-    return .7 * D.square().sum() + .3 * torch.linalg.matrix_norm(D, 2).square()
+    return 0.7 * D.square().sum() + 0.3 * torch.linalg.matrix_norm(D, 2).square()
 
-def speciality(routing_vectors: Tensor,          # (T, E, R) unit vectors
-               representation: Tensor,           # (E, R) unit vectors
-               valid: Tensor | None = None,      # (T,) bool
-              ) -> Tensor:
+
+def speciality(
+    routing_vectors: Tensor,  # (T, E, R) unit vectors
+    representation: Tensor,  # (E, R) unit vectors
+    valid: Tensor | None = None,  # (T,) bool
+) -> Tensor:
     "Half the mean squared off-diagonal of the tokens' Gram matrices, half the distance of the experts' Gram matrix from 1 on and 1/E off the diagonal (seed 001, unused in its code)."
     E = len(representation)
     off = 1 - torch.eye(E, device=representation.device)
     grams = (routing_vectors @ routing_vectors.transpose(1, 2) * off).square().sum((1, 2)) / max(1, E * (E - 1))
     target = torch.where(off.bool(), 1 / E, 1.0)
-    return .5 * _mean(grams, valid) + .5 * (representation @ representation.t() - target).square().mean()
+    return 0.5 * _mean(grams, valid) + 0.5 * (representation @ representation.t() - target).square().mean()
+
 
 def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
     "Mean over the valid tokens (T,)."
     return values.mean() if valid is None else (values * valid).sum() / valid.sum().clamp_min(1)
 
 # %% ../../nbs/18_routers.spectra.ipynb #c8d94adb
-ABLATIONS: dict[str, dict] = {      # name -> parameters that differ from the full router (seed 001, section 5.4)
-    "full": {}, "no_expression": {"use_expression": False}, "no_gru": {"use_gru": False}, "no_repulsion": {"osr_repulsion_weight": 0.0}, "no_quota": {"expert_choice_routing": False},
+ABLATIONS: dict[str, dict] = {  # name -> parameters that differ from the full router (seed 001, section 5.4)
+    "full": {},
+    "no_expression": {"use_expression": False},
+    "no_gru": {"use_gru": False},
+    "no_repulsion": {"osr_repulsion_weight": 0.0},
+    "no_quota": {"expert_choice_routing": False},
     "no_ortho": {"srip_enabled": False},
-    "all_removed": {"use_expression": False, "use_gru": False, "osr_repulsion_weight": 0.0, "expert_choice_routing": False, "srip_enabled": False, "enable_sinkhorn": False, "bias_rate": 0.0,
-                    "router_entropy_coef": 0.0, "cosine_similarities_loss_coef": 0.0},
-    "as_shipped": {"as_shipped": True, "quota_is_hard": False, "adaptive_loss_scaling": True, "bias_rate": 0.0}}
+    "all_removed": {
+        "use_expression": False,
+        "use_gru": False,
+        "osr_repulsion_weight": 0.0,
+        "expert_choice_routing": False,
+        "srip_enabled": False,
+        "enable_sinkhorn": False,
+        "bias_rate": 0.0,
+        "router_entropy_coef": 0.0,
+        "cosine_similarities_loss_coef": 0.0,
+    },
+    "as_shipped": {"as_shipped": True, "quota_is_hard": False, "adaptive_loss_scaling": True, "bias_rate": 0.0},
+}
+
 
 def ablation(name: str) -> dict:
     "The parameters of a named ablation; ValueError with the names there are."
     return dict(ABLATIONS[known(name, ABLATIONS, "ablation of SPECTRA")])
 
+# %% ../../nbs/18_routers.spectra.ipynb #c7c93899
 class _Parts(Router):
     "Parameters and vectors of SPECTRA."
+
     depth_shared = True
-    def __init__(self, rule: Rule, hidden_size: int, num_experts: int, k: int | None = None, eval_rule: Rule | None = None, losses: dict[str, float] | None = None, *,   # as `core.Router`
-                 num_layers: int = 1,                    # L, MoE layers that share it
-                 router_dim: int = 32,                   # R
-                 osr_repulsion_weight: float = .5, osr_saturation_weight: float = 0.0, osr_saturation_threshold: float = .7,
-                 sinkhorn_epsilon: float = .1, sinkhorn_iterations: int = 3, log_sinkhorn_enabled: bool = True, enable_sinkhorn: bool = True, sinkhorn_inference: bool = False,
-                 adaptive_loss_scaling: bool = False,    # epsilon rises with the imbalance
-                 router_entropy_coef: float = 1e-3, cosine_similarities_loss_coef: float = 8e-4, speciality_loss_coef: float = 0.0,
-                 srip_enabled: bool = True, ortho_loss_coef: float = 1e-2, so_lambda_max: float = 5e-2, so_warmup_steps: int = 100,
-                 bias_rate: float = 1e-3,                # of the explicit bias, an optimizer step; 0: none
-                 ema_alpha: float = .9,                  # memory of the running representations, in optimizer steps
-                 input_jitter_noise: float = 0.0,        # in training, hidden states times U(1 - j, 1 + j)
-                 newton_schulz_steps: int = 0, projector_scale: float = 1.0,   # seed 001 says .1, its code 1; cosines do not see it, the optimizer does
-                 use_expression: bool = True, use_gru: bool = True,            # False: a constant vector for each expert; a linear map of the hidden state
-                 as_shipped: bool = False):              # wrong sign, epsilon scaled twice, no orthogonality loss, Sinkhorn and batch representations also in evaluation
-        for name, low, open_low in (("num_layers", 1, False), ("router_dim", 1, False), ("sinkhorn_iterations", 1, False), ("so_warmup_steps", 1, False)): in_range(whole(locals()[name], name), low, float("inf"), name)
-        in_range(sinkhorn_epsilon, 0, float("inf"), "sinkhorn_epsilon", open_low=True, open_high=True), in_range(ema_alpha, 0, 1, "ema_alpha", open_high=True)
-        for name in ("osr_repulsion_weight", "osr_saturation_weight", "bias_rate", "so_lambda_max", "input_jitter_noise"): in_range(locals()[name], 0, float("inf"), name)
-        given = {n: v for n, v in locals().items() if n not in ("self", "rule", "hidden_size", "num_experts", "k", "eval_rule", "losses", "name", "low", "open_low", "__class__")}
-        own = {"srip": ortho_loss_coef if srip_enabled and not as_shipped else 0, "router_entropy": router_entropy_coef, "cosine": cosine_similarities_loss_coef, "speciality": speciality_loss_coef}
-        super().__init__(rule, hidden_size, num_experts, k, eval_rule, {**(losses or {}), **{n: c for n, c in own.items() if c}})
+
+    def __init__(
+        self,
+        rule: Rule,
+        hidden_size: int,
+        num_experts: int,
+        k: int | None = None,
+        eval_rule: Rule | None = None,
+        losses: dict[str, float] | None = None,
+        *,  # as `core.Router`
+        num_layers: int = 1,  # L, MoE layers that share it
+        router_dim: int = 32,  # R
+        osr_repulsion_weight: float = 0.5,
+        osr_saturation_weight: float = 0.0,
+        osr_saturation_threshold: float = 0.7,
+        sinkhorn_epsilon: float = 0.1,
+        sinkhorn_iterations: int = 3,
+        log_sinkhorn_enabled: bool = True,
+        enable_sinkhorn: bool = True,
+        sinkhorn_inference: bool = False,
+        adaptive_loss_scaling: bool = False,  # epsilon rises with the imbalance
+        router_entropy_coef: float = 1e-3,
+        cosine_similarities_loss_coef: float = 8e-4,
+        speciality_loss_coef: float = 0.0,
+        srip_enabled: bool = True,
+        ortho_loss_coef: float = 1e-2,
+        so_lambda_max: float = 5e-2,
+        so_warmup_steps: int = 100,
+        bias_rate: float = 1e-3,  # of the explicit bias, an optimizer step; 0: none
+        ema_alpha: float = 0.9,  # memory of the running representations, in optimizer steps
+        input_jitter_noise: float = 0.0,  # in training, hidden states times U(1 - j, 1 + j)
+        newton_schulz_steps: int = 0,
+        projector_scale: float = 1.0,  # seed 001 says .1, its code 1; cosines do not see it, the optimizer does
+        use_expression: bool = True,
+        use_gru: bool = True,  # False: a constant vector for each expert; a linear map of the hidden state
+        as_shipped: bool = False,
+    ):  # wrong sign, epsilon scaled twice, no orthogonality loss, Sinkhorn and batch representations also in evaluation
+        for name, low, open_low in (
+            ("num_layers", 1, False),
+            ("router_dim", 1, False),
+            ("sinkhorn_iterations", 1, False),
+            ("so_warmup_steps", 1, False),
+        ):
+            in_range(whole(locals()[name], name), low, float("inf"), name)
+        (
+            in_range(sinkhorn_epsilon, 0, float("inf"), "sinkhorn_epsilon", open_low=True, open_high=True),
+            in_range(ema_alpha, 0, 1, "ema_alpha", open_high=True),
+        )
+        for name in (
+            "osr_repulsion_weight",
+            "osr_saturation_weight",
+            "bias_rate",
+            "so_lambda_max",
+            "input_jitter_noise",
+        ):
+            in_range(locals()[name], 0, float("inf"), name)
+        given = {
+            n: v
+            for n, v in locals().items()
+            if n
+            not in (
+                "self",
+                "rule",
+                "hidden_size",
+                "num_experts",
+                "k",
+                "eval_rule",
+                "losses",
+                "name",
+                "low",
+                "open_low",
+                "__class__",
+            )
+        }
+        own = {
+            "srip": ortho_loss_coef if srip_enabled and not as_shipped else 0,
+            "router_entropy": router_entropy_coef,
+            "cosine": cosine_similarities_loss_coef,
+            "speciality": speciality_loss_coef,
+        }
+        super().__init__(
+            rule, hidden_size, num_experts, k, eval_rule, {**(losses or {}), **{n: c for n, c in own.items() if c}}
+        )
         self.weight, self.noted = None, None
-        for name, value in given.items(): setattr(self, name, value)
+        for name, value in given.items():
+            setattr(self, name, value)
         self._weights(hidden_size, num_experts, router_dim)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))                               # optimizer steps so far
-        self.register_buffer("cv_ema", torch.ones(()))                                                  # of the plan's column sums; starts at 1 as shipped
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # optimizer steps so far
+        self.register_buffer("cv_ema", torch.ones(()))  # of the plan's column sums; starts at 1 as shipped
         self.register_buffer("mean_expression", torch.zeros(num_layers, num_experts, router_dim))
         self.register_buffer("expert_bias", torch.zeros(num_layers, num_experts))
+
     def _weights(self, H: int, E: int, R: int):
         "Draw the parameters: inputs Xavier uniform, recurrent and projector orthogonal."
         new = lambda *shape: nn.Parameter(torch.empty(*shape))
         if self.use_gru:
-            self.input_weight, self.input_bias, self.state_weight, self.state_bias = new(3, E, R, H), new(3, E, R), new(3, E, R, E, R), new(3, E, R)
-            for i in range(3): nn.init.xavier_uniform_(self.input_weight[i].data.view(E * R, H)), nn.init.orthogonal_(self.state_weight[i].data.view(E * R, E * R))
+            self.input_weight, self.input_bias, self.state_weight, self.state_bias = (
+                new(3, E, R, H),
+                new(3, E, R),
+                new(3, E, R, E, R),
+                new(3, E, R),
+            )
+            for i in range(3):
+                (
+                    nn.init.xavier_uniform_(self.input_weight[i].data.view(E * R, H)),
+                    nn.init.orthogonal_(self.state_weight[i].data.view(E * R, E * R)),
+                )
             nn.init.zeros_(self.input_bias), nn.init.zeros_(self.state_bias)
         else:
             self.linear_weight = new(E, R, H)
@@ -227,108 +370,196 @@ class _Parts(Router):
 # %% ../../nbs/18_routers.spectra.ipynb #c710168b
 class _Scored(_Parts):
     "From hidden states to a plan."
+
     def vectors(self, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         "Routing vectors and expressions, unit length, and the new state: (T, E, R) each."
         E, R = self.num_experts, self.router_dim
-        if self.use_gru: r = state = gru_step(hidden, state, self.input_weight, self.input_bias, self.state_weight, self.state_bias)
-        else: r = linear(hidden, self.linear_weight.view(E * R, -1)).view(-1, E, R)
-        if not self.use_expression: return normalize(r, dim=-1), normalize(self.expert_vectors, dim=-1).expand(len(r), E, R), state
+        if self.use_gru:
+            r = state = gru_step(hidden, state, self.input_weight, self.input_bias, self.state_weight, self.state_bias)
+        else:
+            r = linear(hidden, self.linear_weight.view(E * R, -1)).view(-1, E, R)
+        if not self.use_expression:
+            return normalize(r, dim=-1), normalize(self.expert_vectors, dim=-1).expand(len(r), E, R), state
         P = self.projector.view(E * R, -1)
-        if self.newton_schulz_steps: P = newton_schulz(P, self.newton_schulz_steps)
+        if self.newton_schulz_steps:
+            P = newton_schulz(P, self.newton_schulz_steps)
         return normalize(r, dim=-1), normalize(linear(hidden, P).view(-1, E, R), dim=-1), state
+
     def _batchwise(self) -> bool:
         "Does the router decide as in training?"
         return self.training or self.as_trained
+
     def epsilon(self) -> float:
         "The temperature in force."
-        if not (self.adaptive_loss_scaling and self._batchwise()): return self.sinkhorn_epsilon
+        if not (self.adaptive_loss_scaling and self._batchwise()):
+            return self.sinkhorn_epsilon
         cv = float(self.cv_ema)
         return self.sinkhorn_epsilon * (1 + min(cv, 5)) * (1 + min(cv, 3) if self.as_shipped else 1)
+
     def view(self, logits: Tensor, context: Context) -> GateView:
         "Plan, ranking and weights from logits = scores / epsilon (T, E)."
         epsilon, valid = self.epsilon(), context.valid
         balanced = self.enable_sinkhorn and (self._batchwise() or self.sinkhorn_inference or self.as_shipped)
         if balanced:
-            if not self._batchwise(): refuse_generation(GateView(logits, logits, lambda e: e, 1, context), "Sinkhorn at inference", "set sinkhorn_inference=False")
+            if not self._batchwise():
+                refuse_generation(
+                    GateView(logits, logits, lambda e: e, 1, context),
+                    "Sinkhorn at inference",
+                    "set sinkhorn_inference=False",
+                )
             logs = osr_plan(logits * epsilon, epsilon, self.sinkhorn_iterations, self.log_sinkhorn_enabled, valid)
-        else: logs = logits.log_softmax(-1)
+        else:
+            logs = logits.log_softmax(-1)
         P = logs.exp()
-        return GateView(logits, logs.detach() + self.expert_bias[context.layer] / epsilon, lambda experts: one_past_last(experts, P), self.k or min(8, self.num_experts), context)
+        return GateView(
+            logits,
+            logs.detach() + self.expert_bias[context.layer] / epsilon,
+            lambda experts: one_past_last(experts, P),
+            self.k or min(8, self.num_experts),
+            context,
+        )
 
 # %% ../../nbs/18_routers.spectra.ipynb #c4cedd43
 class _Deciding(_Scored):
     "From a plan to a decision and its losses."
-    def forward(self, hidden: Tensor, context: Context | None = None, state: Tensor | None = None) -> tuple[Routing, Tensor | None]:
+
+    def forward(
+        self, hidden: Tensor, context: Context | None = None, state: Tensor | None = None
+    ) -> tuple[Routing, Tensor | None]:
         "Hidden states (T, H) of one layer to a decision, and the state (T, E, R) for the next layer."
         context = context or Context()
-        if context.layer >= self.num_layers: raise ValueError(f"layer {context.layer} of a SpectraRouter made for {self.num_layers}: make it with num_layers = the model's MoE layers")
+        if context.layer >= self.num_layers:
+            raise ValueError(
+                f"layer {context.layer} of a SpectraRouter made for {self.num_layers}: make it with num_layers = the model's MoE layers"
+            )
         with torch.autocast(hidden.device.type, enabled=False):
             x = hidden.float()
             if self.training and self.input_jitter_noise:
-                x = x * (1 + self.input_jitter_noise * (2 * torch.rand(x.shape, generator=keyed_generator(0, context)).to(x.device) - 1))
+                x = x * (
+                    1
+                    + self.input_jitter_noise
+                    * (2 * torch.rand(x.shape, generator=keyed_generator(0, context)).to(x.device) - 1)
+                )
             r, e, state = self.vectors(x, state)
             s, g = (r * e).sum(-1), expert_representation(e, context.valid)
-            steady = g if self._batchwise() or self.as_shipped else normalize(self.mean_expression[context.layer], dim=-1)
-            cost = osr_cost(s, steady, self.osr_repulsion_weight, self.osr_saturation_weight, self.osr_saturation_threshold)
+            steady = (
+                g if self._batchwise() or self.as_shipped else normalize(self.mean_expression[context.layer], dim=-1)
+            )
+            cost = osr_cost(
+                s, steady, self.osr_repulsion_weight, self.osr_saturation_weight, self.osr_saturation_threshold
+            )
             logits = (cost if self.as_shipped else -cost) / self.epsilon()
-            if not logits.detach().sum().isfinite(): raise ValueError(f"SPECTRA's logits are NaN or infinite in layer {context.layer}: look for an overflow in the layers before it")
+            if not logits.detach().sum().isfinite():
+                raise ValueError(
+                    f"SPECTRA's logits are NaN or infinite in layer {context.layer}: look for an overflow in the layers before it"
+                )
             view = self.view(logits, context)
             later = None if self._batchwise() else self.eval_rule
             routing = (later or self.rule)(view)
             plan = view.weigh(torch.arange(self.num_experts, device=s.device).expand(len(s), -1))
-            extras = {**routing.extras, "plan": plan, "similarity": s, "representation": g, "losses": self._losses(plan, s, r, g, context.valid)}
-        if self.training and torch._C._current_graph_task_id() == -1:     # -1: not in a backward pass that runs a forward again
+            extras = {
+                **routing.extras,
+                "plan": plan,
+                "similarity": s,
+                "representation": g,
+                "losses": self._losses(plan, s, r, g, context.valid),
+            }
+        if (
+            self.training and torch._C._current_graph_task_id() == -1
+        ):  # -1: not in a backward pass that runs a forward again
             self._note(context, routing, plan.detach(), e.detach())
         return replace(routing, extras=extras), state
+
     def _losses(self, plan: Tensor, s: Tensor, r: Tensor, g: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         "The losses that have a coefficient, unweighted."
-        if not (self.training and torch.is_grad_enabled()): return {}
+        if not (self.training and torch.is_grad_enabled()):
+            return {}
         ramp = self.so_lambda_max * (self.steps / self.so_warmup_steps).clamp_max(1)
-        make = {"srip": lambda: ramp * soft_orthogonality(g), "router_entropy": lambda: _mean(-(plan * (plan + 1e-8).log()).sum(-1), valid), "cosine": lambda: _mean(s.square().mean(-1), valid),
-                "speciality": lambda: speciality(r, g, valid)}
+        make = {
+            "srip": lambda: ramp * soft_orthogonality(g),
+            "router_entropy": lambda: _mean(-(plan * (plan + 1e-8).log()).sum(-1), valid),
+            "cosine": lambda: _mean(s.square().mean(-1), valid),
+            "speciality": lambda: speciality(r, g, valid),
+        }
         return {name: f() for name, f in make.items() if name in self.losses}
 
 # %% ../../nbs/18_routers.spectra.ipynb #c6a9970e
 class SpectraRouter(_Deciding):
     "One router for all layers, with a state through depth, an expression projector, OSR cost, Sinkhorn plan and bias (seed 001)."
+
     @torch.no_grad()
     def _note(self, context: Context, routing: Routing, plan: Tensor, e: Tensor):
         "Add sums over this forward's tokens: expressions (E, R), demand, plan, tokens (E,) each."
         valid = torch.ones(len(plan), dtype=torch.bool, device=plan.device) if context.valid is None else context.valid
         demand = routing.extras.get("demand", routing.load)
-        row = torch.cat([(e * valid[:, None, None]).sum(0), demand.float()[:, None], (plan * valid[:, None]).sum(0)[:, None], valid.sum().float().expand(self.num_experts, 1)], 1)
-        if self.noted is None: self.noted = row.new_zeros(self.num_layers, *row.shape)
+        row = torch.cat(
+            [
+                (e * valid[:, None, None]).sum(0),
+                demand.float()[:, None],
+                (plan * valid[:, None]).sum(0)[:, None],
+                valid.sum().float().expand(self.num_experts, 1),
+            ],
+            1,
+        )
+        if self.noted is None:
+            self.noted = row.new_zeros(self.num_layers, *row.shape)
         self.noted[context.layer] += row
+
     @torch.no_grad()
     def steer(self, gather=alone) -> None:
         "Once after an optimizer step: running representations, imbalance, bias, and the step counter of the warm-up."
-        if self.noted is None: self.noted = self.mean_expression.new_zeros(self.num_layers, self.num_experts, self.router_dim + 3)
+        if self.noted is None:
+            self.noted = self.mean_expression.new_zeros(self.num_layers, self.num_experts, self.router_dim + 3)
         whole_, self.noted = gather(self.noted[None]).sum(0), None
         seen = whole_[:, 0, -1] > 0
-        if not seen.any(): return
+        if not seen.any():
+            return
         expressed, demand, plan = whole_[seen, :, :-3] / whole_[seen, :, -1:], whole_[seen, :, -3], whole_[seen, :, -2]
         self.mean_expression[seen] = self.ema_alpha * self.mean_expression[seen] + (1 - self.ema_alpha) * expressed
-        self.cv_ema.lerp_((plan.std(-1, unbiased=False) / plan.mean(-1).clamp_min(1e-9)).mean(), .05)
+        self.cv_ema.lerp_((plan.std(-1, unbiased=False) / plan.mean(-1).clamp_min(1e-9)).mean(), 0.05)
         if self.bias_rate:
             bias = self.expert_bias[seen] + self.bias_rate * (demand.mean(-1, keepdim=True) - demand).sign()
             self.expert_bias[seen] = bias - bias.mean(-1, keepdim=True)
         self.steps += 1
+
     def forget(self) -> None:
         "Drop what was noted since the last `steer`: the step is done again."
         self.noted = None
+
     def permute_(self, order: Tensor) -> None:
         "Put the experts into another order, in weights and state."
         for name, p in (*self.named_parameters(), *self.named_buffers()):
-            axes = {"input_weight": (1,), "input_bias": (1,), "state_weight": (1, 3), "state_bias": (1,), "mean_expression": (1,), "expert_bias": (1,), "steps": (), "cv_ema": ()}.get(name, (0,))
-            for axis in axes: p.data.copy_(p.data.index_select(axis, order))
+            axes = {
+                "input_weight": (1,),
+                "input_bias": (1,),
+                "state_weight": (1, 3),
+                "state_bias": (1,),
+                "mean_expression": (1,),
+                "expert_bias": (1,),
+                "steps": (),
+                "cv_ema": (),
+            }.get(name, (0,))
+            for axis in axes:
+                p.data.copy_(p.data.index_select(axis, order))
+
     def flops(self, num_layers: int | None = None) -> float:
         "Matrix FLOPs of one token in one layer, averaged over the layers: 2 E R (3 H + 3 E R (L - 1) / L + H) with all parts."
         E, R, L = self.num_experts, self.router_dim, num_layers or self.num_layers
         H = (self.input_weight if self.use_gru else self.linear_weight).shape[-1]
         size = E * R
         scores = 2.0 * size * (3 * H + 3 * size * (L - 1) / L) if self.use_gru else 2.0 * size * H
-        return scores + (2.0 * size * H if self.use_expression else 0) + 2.0 * size + (2.0 * E * E if self.osr_repulsion_weight else 0)
+        return (
+            scores
+            + (2.0 * size * H if self.use_expression else 0)
+            + 2.0 * size
+            + (2.0 * E * E if self.osr_repulsion_weight else 0)
+        )
+
     def extra_repr(self) -> str:
         "Sizes and the parts that are on."
-        parts = [n for n in ("use_gru", "use_expression", "enable_sinkhorn", "sinkhorn_inference", "as_shipped") if getattr(self, n)]
+        parts = [
+            n
+            for n in ("use_gru", "use_expression", "enable_sinkhorn", "sinkhorn_inference", "as_shipped")
+            if getattr(self, n)
+        ]
         return f"{self.num_experts} experts x {self.router_dim}, {self.num_layers} layers, {', '.join(parts)}, {self.rule.describe()}, losses {self.losses}"

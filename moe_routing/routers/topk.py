@@ -15,25 +15,41 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core import GateView, Routing, Rule, as_view, in_range, keyed_generator, known, one_past_last, order_slots
+from moe_routing.core import (
+    GateView,
+    Routing,
+    Rule,
+    as_view,
+    in_range,
+    keyed_generator,
+    known,
+    one_past_last,
+    order_slots,
+)
 
 # %% ../../nbs/10_routers.topk.ipynb #c8168808
-_ID_BITS, _ID = 16, 0xFFFF               # low bits of a key: the expert's id
-_EXCLUDED = 0x7F800000 << _ID_BITS       # keys of a score of minus infinity start here
+_ID_BITS, _ID = 16, 0xFFFF  # low bits of a key: the expert's id
+_EXCLUDED = 0x7F800000 << _ID_BITS  # keys of a score of minus infinity start here
 
-def score_keys(scores: Tensor,           # (..., E) float32
-               ids: int | None = None,   # None: each expert's own id in the low bits; a number: that one everywhere
-              ) -> Tensor:               # (..., E) int64, smaller is stronger
+
+def score_keys(
+    scores: Tensor,  # (..., E) float32
+    ids: int | None = None,  # None: each expert's own id in the low bits; a number: that one everywhere
+) -> Tensor:  # (..., E) int64, smaller is stronger
     "Integers that order scores from strongest to weakest and ties by id."
-    bits = (0 - scores.detach().float()).contiguous().view(torch.int32)    # 0 - x leaves no negative zero
+    bits = (0 - scores.detach().float()).contiguous().view(torch.int32)  # 0 - x leaves no negative zero
     low = torch.arange(scores.shape[-1], device=scores.device) if ids is None else ids
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << _ID_BITS) | low
 
-def rank_keys(scores: Tensor,            # (T, E) float32; minus infinity excludes
-             ) -> Tensor:                # (T, E) int64 keys, strongest expert first
+
+def rank_keys(
+    scores: Tensor,  # (T, E) float32; minus infinity excludes
+) -> Tensor:  # (T, E) int64 keys, strongest expert first
     "Sort every token's experts by falling score, ties by rising id; `chosen` reads the ids."
-    if scores.shape[-1] > _ID: raise ValueError(f"{scores.shape[-1]} experts: ranking holds at most {_ID}")
-    if scores.device.type != "cpu": return score_keys(scores).sort(-1).values
+    if scores.shape[-1] > _ID:
+        raise ValueError(f"{scores.shape[-1]} experts: ranking holds at most {_ID}")
+    if scores.device.type != "cpu":
+        return score_keys(scores).sort(-1).values
     bits = np.subtract(0, scores.detach().float().numpy(), dtype=np.float32, order="C").view(np.int32)
     bits ^= (bits >> 31) & 0x7FFFFFFF
     keys = bits.astype(np.int64)
@@ -43,15 +59,18 @@ def rank_keys(scores: Tensor,            # (T, E) float32; minus infinity exclud
     return torch.from_numpy(keys)
 
 # %% ../../nbs/10_routers.topk.ipynb #c49251e1
-def chosen(keys: Tensor,                 # (T, E) from `rank_keys`
-           width: int,                   # K, slots of the answer
-           counts: Tensor | None = None, # (T,) experts wanted by each token; default all K
-          ) -> Tensor:                   # (T, K) int64, strongest first, unused slots hold E
+def chosen(
+    keys: Tensor,  # (T, E) from `rank_keys`
+    width: int,  # K, slots of the answer
+    counts: Tensor | None = None,  # (T,) experts wanted by each token; default all K
+) -> Tensor:  # (T, K) int64, strongest first, unused slots hold E
     "The ids of the strongest experts of each token; excluded experts are never among them."
     T, E = keys.shape
     experts = keys[:, :width] & _ID
-    if (keys[:, width - 1:width] >= _EXCLUDED).any(): experts.masked_fill_(keys[:, :width] >= _EXCLUDED, E)   # excluded ones rank last
-    if counts is not None: experts.masked_fill_(torch.arange(width, device=keys.device) >= counts[:, None], E)
+    if (keys[:, width - 1 : width] >= _EXCLUDED).any():
+        experts.masked_fill_(keys[:, :width] >= _EXCLUDED, E)  # excluded ones rank last
+    if counts is not None:
+        experts.masked_fill_(torch.arange(width, device=keys.device) >= counts[:, None], E)
     return experts
 
 # %% ../../nbs/10_routers.topk.ipynb #c7ed3b05
@@ -60,37 +79,49 @@ def _sum_to(weights: Tensor, total: "Tensor | float") -> Tensor:
     wide = weights.float()
     return (wide * (total / wide.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))).to(weights.dtype)
 
-def _native(view, experts): return view.weigh(experts)
 
-def _renorm(view, experts): return _sum_to(view.weigh(experts), 1.0)
+def _native(view, experts):
+    return view.weigh(experts)
+
+
+def _renorm(view, experts):
+    return _sum_to(view.weigh(experts), 1.0)
+
 
 def _mass(view, experts):
     own = chosen(rank_keys(view.choice), min(view.k, view.num_experts))
     return _sum_to(view.weigh(experts), view.weigh(own).float().sum(-1, keepdim=True))
 
+
 def _softk(view, experts):
-    low = torch.finfo(torch.float32).min          # not minus infinity: a token without experts must not become NaN
+    low = torch.finfo(torch.float32).min  # not minus infinity: a token without experts must not become NaN
     return one_past_last(experts, view.logits, low).softmax(-1).masked_fill(experts == view.num_experts, 0)
+
 
 def _uniform(view, experts):
     used = experts < view.num_experts
     return used / used.sum(-1, keepdim=True).clamp_min(1)
 
+
 def _sum(view, experts):
     positive = one_past_last(experts, view.logits.clamp(min=0))
     return positive / (positive.sum(-1, keepdim=True) + 1e-9)
 
-def _one(view, experts): return (experts < view.num_experts).float()
+
+def _one(view, experts):
+    return (experts < view.num_experts).float()
 
 # %% ../../nbs/10_routers.topk.ipynb #c534ced3
-WEIGHTS: dict[str, Callable[[GateView, Tensor], Tensor]] = {  # name -> f(view, experts (T, K)) -> weights (T, K), 0 in unused slots
-    "native": _native,     # the model's own weight for any set of experts
-    "renorm": _renorm,     # native, scaled to sum 1
-    "mass": _mass,         # native, scaled to the sum of the model's own top-k
-    "softk": _softk,       # softmax over the chosen logits
-    "uniform": _uniform,   # one over the number of chosen experts
-    "sum": _sum,           # positive part of the chosen logits over its sum; all 0 where none is positive
-    "one": _one,           # 1 for each chosen expert: outputs are summed, and the gate learns nothing
+WEIGHTS: dict[
+    str, Callable[[GateView, Tensor], Tensor]
+] = {  # name -> f(view, experts (T, K)) -> weights (T, K), 0 in unused slots
+    "native": _native,  # the model's own weight for any set of experts
+    "renorm": _renorm,  # native, scaled to sum 1
+    "mass": _mass,  # native, scaled to the sum of the model's own top-k
+    "softk": _softk,  # softmax over the chosen logits
+    "uniform": _uniform,  # one over the number of chosen experts
+    "sum": _sum,  # positive part of the chosen logits over its sum; all 0 where none is positive
+    "one": _one,  # 1 for each chosen expert: outputs are summed, and the gate learns nothing
 }
 
 # %% ../../nbs/10_routers.topk.ipynb #ccc807e5
@@ -102,11 +133,13 @@ def _temper(weights: Tensor, temperature: float) -> Tensor:
     shape = logs.masked_fill(~some, torch.finfo(torch.float32).min).softmax(-1).where(some, 0.0)
     return (shape * wide.sum(-1, keepdim=True)).to(weights.dtype)
 
-def weigh(view: GateView,              # of one gate
-          experts: Tensor,             # (T, K) int64, unused slots hold E
-          convention: str = "native",  # a name in `WEIGHTS`
-          temperature: float = 1.0,    # over 1 flattens the weights among the chosen experts, under 1 sharpens them
-         ) -> Tensor:                  # (T, K), 0 in unused slots
+
+def weigh(
+    view: GateView,  # of one gate
+    experts: Tensor,  # (T, K) int64, unused slots hold E
+    convention: str = "native",  # a name in `WEIGHTS`
+    temperature: float = 1.0,  # over 1 flattens the weights among the chosen experts, under 1 sharpens them
+) -> Tensor:  # (T, K), 0 in unused slots
     "Weights for any set of experts under a named convention."
     weights = WEIGHTS[known(convention, WEIGHTS, "weight convention")](view, experts)
     return weights if temperature == 1 else _temper(weights, temperature)
@@ -114,50 +147,68 @@ def weigh(view: GateView,              # of one gate
 # %% ../../nbs/10_routers.topk.ipynb #c33b98a8
 def whole(value: int, what: str) -> int:
     "Return a whole number, else raise a ValueError that names it: half an expert cannot be chosen."
-    try: return index(value)
-    except TypeError: raise ValueError(f"{what} = {value!r} is not a whole number: give 1, 2, 3, ...") from None
+    try:
+        return index(value)
+    except TypeError:
+        raise ValueError(f"{what} = {value!r} is not a whole number: give 1, 2, 3, ...") from None
+
 
 def check_counts(min_k: int, max_k: int | None, num_experts: int | None = None):
     "Raise a ValueError unless 1 <= min_k <= max_k <= E, whole numbers; `max_k` None means E."
-    for value, what in ((min_k, "min_k"), (1 if max_k is None else max_k, "max_k")): whole(value, what)
+    for value, what in ((min_k, "min_k"), (1 if max_k is None else max_k, "max_k")):
+        whole(value, what)
     in_range(min_k, 1, float("inf") if num_experts is None else num_experts, "min_k")
-    if max_k is None: return
-    if max_k < min_k: raise ValueError(f"min_k = {min_k} is larger than max_k = {max_k}: a token cannot get at least {min_k} and at most {max_k} experts")
+    if max_k is None:
+        return
+    if max_k < min_k:
+        raise ValueError(
+            f"min_k = {min_k} is larger than max_k = {max_k}: a token cannot get at least {min_k} and at most {max_k} experts"
+        )
     if num_experts is not None and max_k > num_experts:
-        raise ValueError(f"max_k = {max_k} is more than the {num_experts} experts of this gate: choose max_k <= {num_experts}")
+        raise ValueError(
+            f"max_k = {max_k} is more than the {num_experts} experts of this gate: choose max_k <= {num_experts}"
+        )
 
 # %% ../../nbs/10_routers.topk.ipynb #cfea97f2
 @dataclass(frozen=True)
 class Selector(Rule):
     "Base of rules that choose a set of experts for each token and then weigh it."
-    weigh: str = field(default="native", kw_only=True)         # weight convention, a name in WEIGHTS
-    temperature: float = field(default=1.0, kw_only=True)      # of the weights; never touches the set
+
+    weigh: str = field(default="native", kw_only=True)  # weight convention, a name in WEIGHTS
+    temperature: float = field(default=1.0, kw_only=True)  # of the weights; never touches the set
 
     def __post_init__(self):
         known(self.weigh, WEIGHTS, "weight convention")
         in_range(self.temperature, 0, float("inf"), "temperature", open_low=True, open_high=True)
-    def settle(self,
-               view: GateView,
-               experts: Tensor,       # (T, K) int64, unused slots hold E and come last
-               extras: dict | None = None,
-               width: int | None = None,  # slots of the answer, filled up with unused ones; None: K
-              ) -> Routing:           # slots ordered by weight
+
+    def settle(
+        self,
+        view: GateView,
+        experts: Tensor,  # (T, K) int64, unused slots hold E and come last
+        extras: dict | None = None,
+        width: int | None = None,  # slots of the answer, filled up with unused ones; None: K
+    ) -> Routing:  # slots ordered by weight
         "Weigh the chosen experts and put the slots in order."
         weights = weigh(view, experts, self.weigh, self.temperature)
-        if (weights[:, 1:] > weights[:, :-1]).any(): experts, weights = order_slots(experts, weights, view.num_experts)
+        if (weights[:, 1:] > weights[:, :-1]).any():
+            experts, weights = order_slots(experts, weights, view.num_experts)
         more = 0 if width is None else width - experts.shape[1]
-        if more: experts, weights = pad(experts, (0, more), value=view.num_experts), pad(weights, (0, more))
+        if more:
+            experts, weights = pad(experts, (0, more), value=view.num_experts), pad(weights, (0, more))
         return Routing(view.logits, experts, weights, extras or {})
-    def take(self,
-             view: GateView,
-             keys: Tensor,            # (T, E) from `rank_keys`
-             counts: Tensor,          # (T,) experts wanted by each token
-             width: int,              # slots of the answer
-             extras: dict | None = None,
-            ) -> Routing:
+
+    def take(
+        self,
+        view: GateView,
+        keys: Tensor,  # (T, E) from `rank_keys`
+        counts: Tensor,  # (T,) experts wanted by each token
+        width: int,  # slots of the answer
+        extras: dict | None = None,
+    ) -> Routing:
         "The strongest experts of each token, as many as `counts` says; only as many slots are weighed as the widest token uses."
         widest = int(counts.max()) if len(counts) else 1
         return self.settle(view, chosen(keys, min(widest, width), counts), extras, width)
+
     def describe(self) -> dict:
         "The rule's name and parameters, as JSON can hold them."
         derived = {f.name for f in fields(self) if not f.init}
@@ -167,14 +218,17 @@ class Selector(Rule):
 @dataclass(frozen=True)
 class TopK(Selector):
     "The k strongest experts of every token, ranked by `view.choice`."
-    k: int | None = None     # experts per token; None: the model's own number
-    jitter: float = 0.0      # standard deviation of the noise on the ranking
-    seed: int = 0            # of that noise
+
+    k: int | None = None  # experts per token; None: the model's own number
+    jitter: float = 0.0  # standard deviation of the noise on the ranking
+    seed: int = 0  # of that noise
 
     def __post_init__(self):
         super().__post_init__()
-        if self.k is not None: in_range(whole(self.k, "k"), 1, float("inf"), "k")
+        if self.k is not None:
+            in_range(whole(self.k, "k"), 1, float("inf"), "k")
         in_range(self.jitter, 0, float("inf"), "jitter", open_high=True)
+
     def decide(self, view: GateView) -> Routing:
         k = view.k if self.k is None else in_range(self.k, 1, view.num_experts, "k of top-k among this gate's experts")
         scores = view.choice

@@ -31,36 +31,45 @@ from .topk import TopK, whole
 # %% ../../nbs/19_routers.zoo.ipynb #cb88e019
 GROUPS = ("trainable", "control", "as shipped", "adaptive")
 
+# %% ../../nbs/19_routers.zoo.ipynb #e779caf1
 @dataclass(frozen=True)
 class Row:
     "One router: its rule, how it is trained and evaluated, and the facts that a table prints beside its numbers."
+
     name: str
-    rule: type[Rule]                      # decides in training
+    rule: type[Rule]  # decides in training
     summary: str
-    chooses: str                          # who chooses: "token", "expert", "batch" (all at once), or "nobody" where the gate is ignored
-    group: str = "trainable"              # a name in GROUPS; tables keep groups apart
-    paper: str = ""                       # where it comes from
-    adaptive: bool = False                # do tokens get different numbers of experts?
-    trainable: bool = True                # does the gate of make_router get a gradient from the weights?
-    needs: tuple[str, ...] = ()           # context fields without which it cannot decide
-    needs_null: bool = False              # must be given null=fit_null(...)
-    fixed_k: int | None = None            # experts per token, where the rule has no parameter k and gives each token as many
-    defaults: dict = field(default_factory=dict)   # parameters that make the rule this router
-    training: dict = field(default_factory=dict)   # more of them, where a gate is trained with it (make_router)
-    example: dict = field(default_factory=dict)    # parameters for a demonstration, without null
-    router: type[Router] = Router         # scorer and steering
-    scorer: dict = field(default_factory=dict)     # parameters of `router` that make it this one
-    losses: dict[str, float] = field(default_factory=dict)   # names in balance.LOSSES -> coefficient
-    evaluate: Callable[[Rule], Rule] | None = None # training rule -> evaluation rule; None: the same, or what the router class says
-    capacity: str = "limit"               # a capacity factor: "limit" refuses tokens, "budget" is the rule's own, "both", or "never"
-    exempt: dict[str, str] = field(default_factory=dict)     # names in CONTRACTS -> why the row cannot keep it
+    chooses: str  # who chooses: "token", "expert", "batch" (all at once), or "nobody" where the gate is ignored
+    group: str = "trainable"  # a name in GROUPS; tables keep groups apart
+    paper: str = ""  # where it comes from
+    adaptive: bool = False  # do tokens get different numbers of experts?
+    trainable: bool = True  # does the gate of make_router get a gradient from the weights?
+    needs: tuple[str, ...] = ()  # context fields without which it cannot decide
+    needs_null: bool = False  # must be given null=fit_null(...)
+    fixed_k: int | None = None  # experts per token, where the rule has no parameter k and gives each token as many
+    defaults: dict = field(default_factory=dict)  # parameters that make the rule this router
+    training: dict = field(default_factory=dict)  # more of them, where a gate is trained with it (make_router)
+    example: dict = field(default_factory=dict)  # parameters for a demonstration, without null
+    router: type[Router] = Router  # scorer and steering
+    scorer: dict = field(default_factory=dict)  # parameters of `router` that make it this one
+    losses: dict[str, float] = field(default_factory=dict)  # names in balance.LOSSES -> coefficient
+    evaluate: Callable[[Rule], Rule] | None = (
+        None  # training rule -> evaluation rule; None: the same, or what the router class says
+    )
+    capacity: str = "limit"  # a capacity factor: "limit" refuses tokens, "budget" is the rule's own, "both", or "never"
+    exempt: dict[str, str] = field(default_factory=dict)  # names in CONTRACTS -> why the row cannot keep it
 
     def __post_init__(self):
-        known(self.group, GROUPS, "group of routers"), known(self.capacity, ("limit", "budget", "both", "never"), "meaning of a capacity factor")
+        (
+            known(self.group, GROUPS, "group of routers"),
+            known(self.capacity, ("limit", "budget", "both", "never"), "meaning of a capacity factor"),
+        )
+
     @property
     def parameters(self) -> list[str]:
         "Names of the rule's parameters."
         return [f.name for f in fields(self.rule) if f.init]
+
     @property
     def router_parameters(self) -> list[str]:
         "Names of the parameters that the router class adds to those of `core.Router`."
@@ -71,149 +80,476 @@ def _by_topk(rule: Rule) -> Rule:
     "Top-k of the raw logits with the same k and weights."
     return TopK(rule.k, weigh=rule.weigh, temperature=rule.temperature)
 
+
 _RENORM, _EVEN, _TWO = {"weigh": "renorm"}, {"weigh": "uniform"}, {"k": 2}
-_IDS = "permuting experts permutes the answer"                     # the contract that fixed ids cannot keep
+_IDS = "permuting experts permutes the answer"  # the contract that fixed ids cannot keep
+
 
 def _no_quota(rule: Rule) -> Rule:
     "The same selection without its quota, which looks at the whole batch."
     return replace(rule, expert_choice_routing=False)
 
+
 def _spectra(ablation: str, summary: str, group: str = "trainable", losses: dict | None = None) -> Row:
     "A row of SPECTRA or of one of its ablations: the parameters of the rule and of the scorer kept apart."
     own = [f.name for f in fields(Quota)]
-    of_rule, scorer = ({n: v for n, v in ABLATIONS[ablation].items() if (n in own) == inside} for inside in (True, False))
-    return Row("spectra" + ("" if ablation == "full" else f"_{ablation}"), Quota, summary, "batch", group, "seed 001 (SPECTRA)", defaults={**_RENORM, **of_rule}, example=_TWO, router=SpectraRouter, scorer=scorer,
-               losses=losses or {}, evaluate=_no_quota)
+    of_rule, scorer = (
+        {n: v for n, v in ABLATIONS[ablation].items() if (n in own) == inside} for inside in (True, False)
+    )
+    return Row(
+        "spectra" + ("" if ablation == "full" else f"_{ablation}"),
+        Quota,
+        summary,
+        "batch",
+        group,
+        "seed 001 (SPECTRA)",
+        defaults={**_RENORM, **of_rule},
+        example=_TWO,
+        router=SpectraRouter,
+        scorer=scorer,
+        losses=losses or {},
+        evaluate=_no_quota,
+    )
 
-ROUTERS: dict[str, Row] = {row.name: row for row in (
-    Row("switch", TopK, "the strongest expert, weighed with its probability", "token", paper="Fedus et al. 2021, arXiv 2101.03961", defaults={"k": 1}, losses={"aux": .01}),
-    Row("switch_top2", TopK, "the two strongest, weighed with their probabilities", "token", paper="Fedus et al. 2021, arXiv 2101.03961", defaults={"k": 2}, losses={"aux": .01}),
-    Row("topk_aux", TopK, "the k strongest, weights of sum 1, kept even by a loss", "token", paper="Lepikhin et al. 2020, arXiv 2006.16668", defaults=_RENORM, example=_TWO, losses={"aux": .01}),
-    Row("topk_z", TopK, "the same with small logits", "token", paper="Zoph et al. 2022, arXiv 2202.08906", defaults=_RENORM, example=_TWO, losses={"aux": .01, "z": .001}),
-    Row("softk", SoftK, "the k strongest, a softmax over their logits, no balancing", "token", paper="Shazeer et al. 2017, arXiv 1701.06538", example=_TWO),
-    Row("summed_topk", SummedTopK, "the k strongest, the positive part of their logits over its sum", "token", paper="moe-routing-bench", example=_TWO),
-    Row("expert_choice", ExpertChoice, "every expert takes its share of the tokens", "expert", paper="Zhou et al. 2022, arXiv 2202.09368", adaptive=True, example=_TWO, router=ThresholdRouter, capacity="budget"),
-    Row("expert_threshold", ExpertThreshold, "every expert takes the tokens above its threshold", "expert", paper="arXiv 2603.11535", adaptive=True, example=_TWO, router=ThresholdRouter),
-    Row("sinkhorn", Sinkhorn, "the k largest entries of a balanced plan over the batch", "batch", paper="Clark et al. 2022, arXiv 2202.01169", defaults=_RENORM, example=_TWO, evaluate=_by_topk),
-    Row("sbase", SBase, "an assignment of the batch with equal numbers of tokens", "batch", paper="Lewis et al. 2021, arXiv 2103.16716", defaults=_RENORM, example=_TWO, evaluate=_by_topk, capacity="budget"),
-    Row("loss_free", TopK, "the k strongest after a bias that follows the load", "token", paper="Wang et al. 2024, arXiv 2408.15664", defaults=_RENORM, example=_TWO, router=LossFreeRouter),
-    Row("quantile", TopK, "the k strongest after prices that even the load", "token", paper="Su 2026, kexue.fm 11619", defaults=_RENORM, example=_TWO, router=QuantileRouter),
-    Row("token_hash", TokenHash, "k experts fixed by the token id", "nobody", "control", "Roller et al. 2021, arXiv 2106.04426", trainable=False, needs=("token_id",), training=_EVEN, example=_TWO, exempt={_IDS: "hashes belong to expert ids"}),
-    Row("position_hash", PositionHash, "k experts fixed by the row, as shipped", "nobody", "control", "moe-routing-bench", trainable=False, example=_TWO, exempt={_IDS: "the formula gives expert ids"}),
-    Row("random", Random, "k random experts", "nobody", "control", trainable=False, training=_EVEN, example=_TWO, exempt={_IDS: "draws belong to expert ids"}),
-    Row("dense", Dense, "every expert", "nobody", "control", trainable=False, capacity="never", exempt={"padding takes no capacity": "it has no capacity: every expert takes every row"}),
-    Row("top1_as_shipped", Top1AsShipped, "the strongest expert with weight 1", "token", "as shipped", "moe-routing-bench", trainable=False, fixed_k=1, losses={"aux_as_shipped": .01}),
-    Row("topk_hard_as_shipped", TopKHardAsShipped, "the k strongest, each with weight 1", "token", "as shipped", "moe-routing-bench", trainable=False, example=_TWO, losses={"aux_as_shipped": .01}),
-    Row("expert_choice_as_shipped", ExpertChoiceAsShipped, "experts take 64 tokens at most, the rest is soft-k", "expert", "as shipped", "moe-routing-bench", adaptive=True, example=_TWO, losses={"aux_as_shipped": .01}, capacity="both"),
-    Row("topk", TopK, "the k strongest experts", "token", example=_TWO),
-    Row("top_p", TopP, "the fewest experts that hold a share p of the probability", "token", "adaptive", "Huang et al. 2024, arXiv 2403.07652", adaptive=True, example={"p": .6}),
-    Row("threshold", Threshold, "every expert whose probability reaches a bar", "token", "adaptive", adaptive=True, example={"threshold": .15}),
-    Row("entropy_bands", EntropyBands, "a number of experts by the token's largest probability", "token", "adaptive", adaptive=True),
-    Row("bh", BH, "as many experts as Benjamini-Hochberg rejects", "token", "adaptive", adaptive=True, needs_null=True, example={"alpha": .3, "max_k": 4}),
-    Row("by", BY, "as many experts as Benjamini-Yekutieli rejects", "token", "adaptive", adaptive=True, needs_null=True, example={"alpha": .5, "max_k": 4}),
-    Row("hc", HC, "as many experts as the peak of Higher Criticism", "token", "adaptive", adaptive=True, needs_null=True, example={"beta": .5, "max_k": 4}),
-    _spectra("full", "a depth-shared router: cosine, repulsion, Sinkhorn and a quota"),
-    _spectra("no_expression", "SPECTRA with constant expert vectors"),
-    _spectra("no_gru", "SPECTRA without the state through depth"),
-    _spectra("no_repulsion", "SPECTRA whose experts do not repel each other"),
-    _spectra("no_quota", "SPECTRA with plain top-k of the plan"),
-    _spectra("no_ortho", "SPECTRA without the orthogonality loss"),
-    _spectra("all_removed", "a shared cosine gate with top-k and a balancing loss", losses={"aux": .01}),
-    _spectra("as_shipped", "SPECTRA as its code was: the least similar experts, a quota that leaks", "as shipped"),
-    Row("uniform", Uniform, "the k strongest experts with equal weights", "token", "control", trainable=False, example=_TWO),
-)}
+# %% ../../nbs/19_routers.zoo.ipynb #8da3f4ad
+ROUTERS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        Row(
+            "switch",
+            TopK,
+            "the strongest expert, weighed with its probability",
+            "token",
+            paper="Fedus et al. 2021, arXiv 2101.03961",
+            defaults={"k": 1},
+            losses={"aux": 0.01},
+        ),
+        Row(
+            "switch_top2",
+            TopK,
+            "the two strongest, weighed with their probabilities",
+            "token",
+            paper="Fedus et al. 2021, arXiv 2101.03961",
+            defaults={"k": 2},
+            losses={"aux": 0.01},
+        ),
+        Row(
+            "topk_aux",
+            TopK,
+            "the k strongest, weights of sum 1, kept even by a loss",
+            "token",
+            paper="Lepikhin et al. 2020, arXiv 2006.16668",
+            defaults=_RENORM,
+            example=_TWO,
+            losses={"aux": 0.01},
+        ),
+        Row(
+            "topk_z",
+            TopK,
+            "the same with small logits",
+            "token",
+            paper="Zoph et al. 2022, arXiv 2202.08906",
+            defaults=_RENORM,
+            example=_TWO,
+            losses={"aux": 0.01, "z": 0.001},
+        ),
+        Row(
+            "softk",
+            SoftK,
+            "the k strongest, a softmax over their logits, no balancing",
+            "token",
+            paper="Shazeer et al. 2017, arXiv 1701.06538",
+            example=_TWO,
+        ),
+        Row(
+            "summed_topk",
+            SummedTopK,
+            "the k strongest, the positive part of their logits over its sum",
+            "token",
+            paper="moe-routing-bench",
+            example=_TWO,
+        ),
+        Row(
+            "expert_choice",
+            ExpertChoice,
+            "every expert takes its share of the tokens",
+            "expert",
+            paper="Zhou et al. 2022, arXiv 2202.09368",
+            adaptive=True,
+            example=_TWO,
+            router=ThresholdRouter,
+            capacity="budget",
+        ),
+        Row(
+            "expert_threshold",
+            ExpertThreshold,
+            "every expert takes the tokens above its threshold",
+            "expert",
+            paper="arXiv 2603.11535",
+            adaptive=True,
+            example=_TWO,
+            router=ThresholdRouter,
+        ),
+        Row(
+            "sinkhorn",
+            Sinkhorn,
+            "the k largest entries of a balanced plan over the batch",
+            "batch",
+            paper="Clark et al. 2022, arXiv 2202.01169",
+            defaults=_RENORM,
+            example=_TWO,
+            evaluate=_by_topk,
+        ),
+        Row(
+            "sbase",
+            SBase,
+            "an assignment of the batch with equal numbers of tokens",
+            "batch",
+            paper="Lewis et al. 2021, arXiv 2103.16716",
+            defaults=_RENORM,
+            example=_TWO,
+            evaluate=_by_topk,
+            capacity="budget",
+        ),
+        Row(
+            "loss_free",
+            TopK,
+            "the k strongest after a bias that follows the load",
+            "token",
+            paper="Wang et al. 2024, arXiv 2408.15664",
+            defaults=_RENORM,
+            example=_TWO,
+            router=LossFreeRouter,
+        ),
+        Row(
+            "quantile",
+            TopK,
+            "the k strongest after prices that even the load",
+            "token",
+            paper="Su 2026, kexue.fm 11619",
+            defaults=_RENORM,
+            example=_TWO,
+            router=QuantileRouter,
+        ),
+        Row(
+            "token_hash",
+            TokenHash,
+            "k experts fixed by the token id",
+            "nobody",
+            "control",
+            "Roller et al. 2021, arXiv 2106.04426",
+            trainable=False,
+            needs=("token_id",),
+            training=_EVEN,
+            example=_TWO,
+            exempt={_IDS: "hashes belong to expert ids"},
+        ),
+        Row(
+            "position_hash",
+            PositionHash,
+            "k experts fixed by the row, as shipped",
+            "nobody",
+            "control",
+            "moe-routing-bench",
+            trainable=False,
+            example=_TWO,
+            exempt={_IDS: "the formula gives expert ids"},
+        ),
+        Row(
+            "random",
+            Random,
+            "k random experts",
+            "nobody",
+            "control",
+            trainable=False,
+            training=_EVEN,
+            example=_TWO,
+            exempt={_IDS: "draws belong to expert ids"},
+        ),
+        Row(
+            "dense",
+            Dense,
+            "every expert",
+            "nobody",
+            "control",
+            trainable=False,
+            capacity="never",
+            exempt={"padding takes no capacity": "it has no capacity: every expert takes every row"},
+        ),
+        Row(
+            "top1_as_shipped",
+            Top1AsShipped,
+            "the strongest expert with weight 1",
+            "token",
+            "as shipped",
+            "moe-routing-bench",
+            trainable=False,
+            fixed_k=1,
+            losses={"aux_as_shipped": 0.01},
+        ),
+        Row(
+            "topk_hard_as_shipped",
+            TopKHardAsShipped,
+            "the k strongest, each with weight 1",
+            "token",
+            "as shipped",
+            "moe-routing-bench",
+            trainable=False,
+            example=_TWO,
+            losses={"aux_as_shipped": 0.01},
+        ),
+        Row(
+            "expert_choice_as_shipped",
+            ExpertChoiceAsShipped,
+            "experts take 64 tokens at most, the rest is soft-k",
+            "expert",
+            "as shipped",
+            "moe-routing-bench",
+            adaptive=True,
+            example=_TWO,
+            losses={"aux_as_shipped": 0.01},
+            capacity="both",
+        ),
+        Row("topk", TopK, "the k strongest experts", "token", example=_TWO),
+        Row(
+            "top_p",
+            TopP,
+            "the fewest experts that hold a share p of the probability",
+            "token",
+            "adaptive",
+            "Huang et al. 2024, arXiv 2403.07652",
+            adaptive=True,
+            example={"p": 0.6},
+        ),
+        Row(
+            "threshold",
+            Threshold,
+            "every expert whose probability reaches a bar",
+            "token",
+            "adaptive",
+            adaptive=True,
+            example={"threshold": 0.15},
+        ),
+        Row(
+            "entropy_bands",
+            EntropyBands,
+            "a number of experts by the token's largest probability",
+            "token",
+            "adaptive",
+            adaptive=True,
+        ),
+        Row(
+            "bh",
+            BH,
+            "as many experts as Benjamini-Hochberg rejects",
+            "token",
+            "adaptive",
+            adaptive=True,
+            needs_null=True,
+            example={"alpha": 0.3, "max_k": 4},
+        ),
+        Row(
+            "by",
+            BY,
+            "as many experts as Benjamini-Yekutieli rejects",
+            "token",
+            "adaptive",
+            adaptive=True,
+            needs_null=True,
+            example={"alpha": 0.5, "max_k": 4},
+        ),
+        Row(
+            "hc",
+            HC,
+            "as many experts as the peak of Higher Criticism",
+            "token",
+            "adaptive",
+            adaptive=True,
+            needs_null=True,
+            example={"beta": 0.5, "max_k": 4},
+        ),
+        _spectra("full", "a depth-shared router: cosine, repulsion, Sinkhorn and a quota"),
+        _spectra("no_expression", "SPECTRA with constant expert vectors"),
+        _spectra("no_gru", "SPECTRA without the state through depth"),
+        _spectra("no_repulsion", "SPECTRA whose experts do not repel each other"),
+        _spectra("no_quota", "SPECTRA with plain top-k of the plan"),
+        _spectra("no_ortho", "SPECTRA without the orthogonality loss"),
+        _spectra("all_removed", "a shared cosine gate with top-k and a balancing loss", losses={"aux": 0.01}),
+        _spectra("as_shipped", "SPECTRA as its code was: the least similar experts, a quota that leaks", "as shipped"),
+        Row(
+            "uniform",
+            Uniform,
+            "the k strongest experts with equal weights",
+            "token",
+            "control",
+            trainable=False,
+            example=_TWO,
+        ),
+    )
+}
 
 # %% ../../nbs/19_routers.zoo.ipynb #cf52bb29
-def find_row(name: "str | Row",   # a name in ROUTERS, "module:attribute", or a row, which is returned as it is
-            ) -> Row:
+def find_row(
+    name: "str | Row",  # a name in ROUTERS, "module:attribute", or a row, which is returned as it is
+) -> Row:
     "Look a router up; ValueError with the nearest names if there is none."
-    if isinstance(name, Row): return name
+    if isinstance(name, Row):
+        return name
     module, colon, attribute = str(name).partition(":")
-    if not colon: return ROUTERS[known(name, ROUTERS, "router")]
-    try: row = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"router {name!r} cannot be imported ({e}): give a name of the zoo, or module:attribute of a Row") from e
-    if not isinstance(row, Row): raise ValueError(f"router {name!r} is a {type(row).__name__}, not a Row: moe_routing.routers.zoo.Row describes a router")
+    if not colon:
+        return ROUTERS[known(name, ROUTERS, "router")]
+    try:
+        row = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ValueError(
+            f"router {name!r} cannot be imported ({e}): give a name of the zoo, or module:attribute of a Row"
+        ) from e
+    if not isinstance(row, Row):
+        raise ValueError(
+            f"router {name!r} is a {type(row).__name__}, not a Row: moe_routing.routers.zoo.Row describes a router"
+        )
     return row
 
 # %% ../../nbs/19_routers.zoo.ipynb #cc8b074c
-def make_rule(name: "str | Row",  # a name in ROUTERS, "module:attribute", or a row
-              **params,           # of its rule; `weigh` and `temperature` are taken by all
-             ) -> Rule:
+def make_rule(
+    name: "str | Row",  # a name in ROUTERS, "module:attribute", or a row
+    **params,  # of its rule; `weigh` and `temperature` are taken by all
+) -> Rule:
     "Build a rule by name; a mistake in the parameters is a ValueError that says what would be right."
     row = find_row(name)
-    for parameter in params: known(parameter, row.parameters, f"parameter of {row.name}")
+    for parameter in params:
+        known(parameter, row.parameters, f"parameter of {row.name}")
     params = {**row.defaults, **params}
-    missing = [f.name for f in fields(row.rule) if f.init and f.default is MISSING and f.default_factory is MISSING and f.name not in params]
-    if missing: raise ValueError(f"{row.name} needs {' and '.join(missing)}: make_rule({row.name!r}, {', '.join(m + '=...' for m in missing)})")
-    try: return row.rule(**params)
-    except TypeError as e: raise ValueError(f"a parameter of {row.name} has a wrong type ({e}): got { {n: v for n, v in params.items() if n != 'null'} }") from e
+    missing = [
+        f.name
+        for f in fields(row.rule)
+        if f.init and f.default is MISSING and f.default_factory is MISSING and f.name not in params
+    ]
+    if missing:
+        raise ValueError(
+            f"{row.name} needs {' and '.join(missing)}: make_rule({row.name!r}, {', '.join(m + '=...' for m in missing)})"
+        )
+    try:
+        return row.rule(**params)
+    except TypeError as e:
+        raise ValueError(
+            f"a parameter of {row.name} has a wrong type ({e}): got { {n: v for n, v in params.items() if n != 'null'} }"
+        ) from e
 
 # %% ../../nbs/19_routers.zoo.ipynb #c8895047
-_ALWAYS_ONE = ("renorm", "softk", "sum", "uniform", "one")     # weight conventions under which a lone expert weighs 1
+_ALWAYS_ONE = ("renorm", "softk", "sum", "uniform", "one")  # weight conventions under which a lone expert weighs 1
+
 
 def _check_size(row: Row, num_experts: int, k: int | None, capacity_factor: float | None) -> int:
     "The experts per token that the row will use, after all checks."
     in_range(whole(num_experts, "num_experts"), 1, float("inf"), "num_experts")
-    if capacity_factor is not None: in_range(capacity_factor, 0, float("inf"), "capacity_factor (None is dropless)", open_low=True, open_high=True)
-    if k is not None: in_range(whole(k, "k"), 1, num_experts, f"k of {row.name} with {num_experts} experts")
-    return in_range(row.defaults.get("k") or row.fixed_k or k or min(8, num_experts), 1, num_experts, f"k of {row.name} with {num_experts} experts")
+    if capacity_factor is not None:
+        in_range(capacity_factor, 0, float("inf"), "capacity_factor (None is dropless)", open_low=True, open_high=True)
+    if k is not None:
+        in_range(whole(k, "k"), 1, num_experts, f"k of {row.name} with {num_experts} experts")
+    return in_range(
+        row.defaults.get("k") or row.fixed_k or k or min(8, num_experts),
+        1,
+        num_experts,
+        f"k of {row.name} with {num_experts} experts",
+    )
+
 
 def _rules(row: Row, rule: Rule, capacity_factor: float | None, refuse: str, renorm: bool) -> tuple[Rule, Rule | None]:
     "The rules of training and of evaluation, under a capacity."
-    if capacity_factor is None or row.capacity == "never": return rule, row.evaluate(rule) if row.evaluate else None
-    cap = lambda r: Capped(r, capacity_factor, by=refuse, renorm=renorm and getattr(r, "weigh", "") != "one")   # a weight of 1 is no share of anything
-    if row.capacity != "limit": rule = replace(rule, capacity_factor=capacity_factor)
+    if capacity_factor is None or row.capacity == "never":
+        return rule, row.evaluate(rule) if row.evaluate else None
+    cap = lambda r: Capped(
+        r, capacity_factor, by=refuse, renorm=renorm and getattr(r, "weigh", "") != "one"
+    )  # a weight of 1 is no share of anything
+    if row.capacity != "limit":
+        rule = replace(rule, capacity_factor=capacity_factor)
     later = cap(row.evaluate(rule)) if row.evaluate else None
     return rule if row.capacity == "budget" else cap(rule), later
 
-def make_router(name: "str | Row",                       # a name in ROUTERS, "module:attribute", or a row
-                hidden_size: int,                        # H
-                num_experts: int,                        # E
-                k: int | None = None,                    # experts per token of rows that do not fix it; default min(8, E)
-                capacity_factor: float | None = None,    # > 0; None: dropless
-                refuse: str = "position",                # who is served first: "position" or "score"
-                renorm: bool = True,                     # after a refusal, scale what a token keeps to the sum it had?
-                losses: dict[str, float] | None = None,  # None: the row's
-                **params,                                # of its rule, or of its router class (u, horizon, ...)
-               ) -> Router:
+# %% ../../nbs/19_routers.zoo.ipynb #b268bdbf
+def make_router(
+    name: "str | Row",  # a name in ROUTERS, "module:attribute", or a row
+    hidden_size: int,  # H
+    num_experts: int,  # E
+    k: int | None = None,  # experts per token of rows that do not fix it; default min(8, E)
+    capacity_factor: float | None = None,  # > 0; None: dropless
+    refuse: str = "position",  # who is served first: "position" or "score"
+    renorm: bool = True,  # after a refusal, scale what a token keeps to the sum it had?
+    losses: dict[str, float] | None = None,  # None: the row's
+    **params,  # of its rule, or of its router class (u, horizon, ...)
+) -> Router:
     "A scorer with freshly drawn weights (torch's global generator), a rule by name, its losses, steering and capacity."
     row = find_row(name)
     known(refuse, ("position", "score"), "order of refusal")
-    for parameter in params: known(parameter, row.parameters + row.router_parameters, f"parameter of {row.name}")
+    for parameter in params:
+        known(parameter, row.parameters + row.router_parameters, f"parameter of {row.name}")
     k = _check_size(row, num_experts, k, capacity_factor)
     rule = make_rule(row, **{**row.training, **{n: v for n, v in params.items() if n in row.parameters}})
-    if row.trainable and "k" in row.parameters and k == 1 and "weigh" not in params and getattr(rule, "weigh", "") in _ALWAYS_ONE and row.chooses != "expert":
-        raise ValueError(f"{row.name} at k = 1 would never train its gate: one expert with {rule.weigh} weights always weighs 1; choose weigh='native', a larger k, or the router 'switch'")
+    if (
+        row.trainable
+        and "k" in row.parameters
+        and k == 1
+        and "weigh" not in params
+        and getattr(rule, "weigh", "") in _ALWAYS_ONE
+        and row.chooses != "expert"
+    ):
+        raise ValueError(
+            f"{row.name} at k = 1 would never train its gate: one expert with {rule.weigh} weights always weighs 1; choose weigh='native', a larger k, or the router 'switch'"
+        )
     rule, later = _rules(row, rule, capacity_factor, refuse, renorm)
-    return row.router(rule, hidden_size, num_experts, k, eval_rule=later, losses=row.losses if losses is None else losses,
-                      **{**row.scorer, **{n: v for n, v in params.items() if n not in row.parameters}})
+    return row.router(
+        rule,
+        hidden_size,
+        num_experts,
+        k,
+        eval_rule=later,
+        losses=row.losses if losses is None else losses,
+        **{**row.scorer, **{n: v for n, v in params.items() if n not in row.parameters}},
+    )
 
 # %% ../../nbs/19_routers.zoo.ipynb #c69f37ce
-_H, _E = 16, 8        # of the routers that are examined; H and E differ, so that a tensor's first axis tells whether it belongs to experts
+_H, _E = (
+    16,
+    8,
+)  # of the routers that are examined; H and E differ, so that a tensor's first axis tells whether it belongs to experts
 
-def example_router(row: Row,            # what to build
-                   seed: int = 0,       # of its weights and of the batches its state settles on
-                   **more,              # to make_router, such as capacity_factor
-                  ) -> Router:          # in evaluation mode, 8 experts, hidden size 16
+
+def example_router(
+    row: Row,  # what to build
+    seed: int = 0,  # of its weights and of the batches its state settles on
+    **more,  # to make_router, such as capacity_factor
+) -> Router:  # in evaluation mode, 8 experts, hidden size 16
     "A router of a row with its example parameters, its state settled over a few batches."
     generator = torch.Generator().manual_seed(seed)
     given = {"k": 2, **row.example, **more}
-    if row.needs_null: given["null"] = fit_null(torch.randn(500, 1, _E, generator=generator), "conformal")
+    if row.needs_null:
+        given["null"] = fit_null(torch.randn(500, 1, _E, generator=generator), "conformal")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         router = make_router(row, _H, _E, **given)
-    for _ in range(3): router(torch.randn(64, _H, generator=generator), example_context(4, 16)), router.steer()
+    for _ in range(3):
+        router(torch.randn(64, _H, generator=generator), example_context(4, 16)), router.steer()
     return router.eval()
 
-def example_context(sequences: int, length: int,       # a batch, flattened row by row
-                    token_id: Tensor | None = None,    # (T,) default: made up
-                    valid: Tensor | None = None,       # (T,) bool, default: no padding
-                   ) -> Context:
+# %% ../../nbs/19_routers.zoo.ipynb #827c3feb
+def example_context(
+    sequences: int,
+    length: int,  # a batch, flattened row by row
+    token_id: Tensor | None = None,  # (T,) default: made up
+    valid: Tensor | None = None,  # (T,) bool, default: no padding
+) -> Context:
     "Everything a context can say about a batch."
     T = sequences * length
     valid = torch.ones(T, dtype=torch.bool) if valid is None else valid
-    position = (valid.view(sequences, length).long().cumsum(1) - 1).clamp_min(0).flatten()     # padding is not counted
-    return Context(token_id=torch.arange(T) * 7 % 50 if token_id is None else token_id, position=position, sequence=torch.arange(sequences).repeat_interleave(length), valid=valid)
+    position = (valid.view(sequences, length).long().cumsum(1) - 1).clamp_min(0).flatten()  # padding is not counted
+    return Context(
+        token_id=torch.arange(T) * 7 % 50 if token_id is None else token_id,
+        position=position,
+        sequence=torch.arange(sequences).repeat_interleave(length),
+        valid=valid,
+    )
+
 
 def _decisions(row: Row, hidden: Tensor, change: Callable[[Router], None] = lambda r: None, **more) -> list[Routing]:
     "The decisions for (64, H) in training and in evaluation."
@@ -224,24 +560,33 @@ def _decisions(row: Row, hidden: Tensor, change: Callable[[Router], None] = lamb
         out.append(router.train(training)(hidden, context)[0])
     return out
 
-def _hidden(seed: int = 1) -> Tensor: return torch.randn(64, _H, generator=torch.Generator().manual_seed(seed)) * 1.5
 
-def _same(a: Routing, b: Routing) -> bool: return torch.equal(a.experts, b.experts) and torch.equal(a.weights, b.weights)
+def _hidden(seed: int = 1) -> Tensor:
+    return torch.randn(64, _H, generator=torch.Generator().manual_seed(seed)) * 1.5
+
+
+def _same(a: Routing, b: Routing) -> bool:
+    return torch.equal(a.experts, b.experts) and torch.equal(a.weights, b.weights)
 
 # %% ../../nbs/19_routers.zoo.ipynb #ceb1db2c
 def finite_weights(row: Row) -> str:
     "Weights are finite and not negative."
     for r in _decisions(row, _hidden()):
-        if not r.weights.isfinite().all() or (r.weights < 0).any(): return f"smallest weight {r.weights.min().item()}"
+        if not r.weights.isfinite().all() or (r.weights < 0).any():
+            return f"smallest weight {r.weights.min().item()}"
     return ""
+
 
 def unused_weigh_nothing(row: Row) -> str:
     "Unused slots weigh 0, no expert is used twice, slots are ordered: `Routing.validate`, with and without a capacity."
-    for more in ({}, {"capacity_factor": .75}):
+    for more in ({}, {"capacity_factor": 0.75}):
         try:
-            for r in _decisions(row, _hidden(), **more): r.validate()
-        except ValueError as e: return str(e)
+            for r in _decisions(row, _hidden(), **more):
+                r.validate()
+        except ValueError as e:
+            return str(e)
     return ""
+
 
 def same_seed_same_answer(row: Row) -> str:
     "Two routers of one seed decide alike, and so does one router asked twice."
@@ -249,11 +594,13 @@ def same_seed_same_answer(row: Row) -> str:
     once, again = (router(_hidden(), example_context(4, 16))[0] for _ in range(2))
     return "" if all(map(_same, first, second)) and _same(once, again) else "decisions differ"
 
+
 def permutes(row: Row) -> str:
     "Renaming the experts, in weights and state, renames the decision and changes nothing else."
     order = torch.randperm(_E, generator=torch.Generator().manual_seed(2))
     for a, b in zip(_decisions(row, _hidden()), _decisions(row, _hidden(), lambda router: router.permute_(order))):
-        if not torch.allclose(b.dense(), a.dense()[:, order], atol=1e-5): return f"{int((b.mask != a.mask[:, order]).any(-1).sum())} of 64 tokens go elsewhere"
+        if not torch.allclose(b.dense(), a.dense()[:, order], atol=1e-5):
+            return f"{int((b.mask != a.mask[:, order]).any(-1).sum())} of 64 tokens go elsewhere"
     return ""
 
 # %% ../../nbs/19_routers.zoo.ipynb #ccbd792b
@@ -261,44 +608,68 @@ def gradient_as_said(row: Row) -> str:
     "The scorer gets a gradient from the weights if the row says trainable, and none if it does not."
     router = example_router(row).train()
     weights = router(_hidden(), example_context(4, 16))[0].weights
-    found = torch.autograd.grad(weights.square().sum(), list(router.parameters()), allow_unused=True) if weights.requires_grad else ()
+    found = (
+        torch.autograd.grad(weights.square().sum(), list(router.parameters()), allow_unused=True)
+        if weights.requires_grad
+        else ()
+    )
     reached = any(g is not None and bool(g.abs().max() > 1e-4) for g in found)
-    return "" if reached == row.trainable else f"trainable={row.trainable}, but the gradient {'reaches' if reached else 'does not reach'} the scorer"
+    return (
+        ""
+        if reached == row.trainable
+        else f"trainable={row.trainable}, but the gradient {'reaches' if reached else 'does not reach'} the scorer"
+    )
+
 
 def ties_deterministic(row: Row) -> str:
     "Equal experts and equal tokens: the same answer again, and from a copy laid out otherwise in memory."
-    equal = lambda router: router.permute_(torch.zeros(_E, dtype=torch.int64))        # every expert a copy of the first
+    equal = lambda router: router.permute_(torch.zeros(_E, dtype=torch.int64))  # every expert a copy of the first
     flat = _hidden()[:4].repeat(16, 1)
     first, again, strided = (_decisions(row, h, equal) for h in (flat, flat, flat.t().contiguous().t()))
     return "" if all(map(_same, first, again)) and all(map(_same, first, strided)) else "decisions differ"
 
+# %% ../../nbs/19_routers.zoo.ipynb #bee6193e
 def padding_takes_nothing(row: Row) -> str:
     "Under a capacity, padding is neither counted nor served, and what stands in padding rows changes no other row."
     valid, other = torch.ones(64, dtype=torch.bool), _hidden()
-    valid[10:16], valid[32:40] = False, False                       # behind one sequence, before another
+    valid[10:16], valid[32:40] = False, False  # behind one sequence, before another
     other[~valid] = 9 * _hidden(3)[~valid]
     for training in (True, False):
-        router = example_router(row, capacity_factor=1.)
+        router = example_router(row, capacity_factor=1.0)
         a, b = (router.train(training)(h, example_context(4, 16, valid=valid))[0] for h in (_hidden(), other))
-        if a.used[~valid].any(): return f"{int(a.counts[~valid].sum())} slots go to padding"
-        if "demand" in a.extras and not torch.equal(a.extras["demand_counts"][valid].sum(), a.extras["demand"].sum()): return "padding is counted as demand"
-        if not torch.equal(a.mask[valid], b.mask[valid]): return f"the content of padding moves {int((a.mask != b.mask)[valid].any(-1).sum())} tokens"
+        if a.used[~valid].any():
+            return f"{int(a.counts[~valid].sum())} slots go to padding"
+        if "demand" in a.extras and not torch.equal(a.extras["demand_counts"][valid].sum(), a.extras["demand"].sum()):
+            return "padding is counted as demand"
+        if not torch.equal(a.mask[valid], b.mask[valid]):
+            return f"the content of padding moves {int((a.mask != b.mask)[valid].any(-1).sum())} tokens"
     return ""
 
 # %% ../../nbs/19_routers.zoo.ipynb #cc4faa70
-CONTRACTS: dict[str, Callable[[Row], str]] = {      # name -> f(row) -> what is wrong, or ""
-    "weights are finite and not negative": finite_weights, "unused slots weigh 0": unused_weigh_nothing, "same seed, same answer": same_seed_same_answer,
-    _IDS: permutes, "gradient reaches the gate as the row says": gradient_as_said, "ties are deterministic": ties_deterministic, "padding takes no capacity": padding_takes_nothing}
+CONTRACTS: dict[str, Callable[[Row], str]] = {  # name -> f(row) -> what is wrong, or ""
+    "weights are finite and not negative": finite_weights,
+    "unused slots weigh 0": unused_weigh_nothing,
+    "same seed, same answer": same_seed_same_answer,
+    _IDS: permutes,
+    "gradient reaches the gate as the row says": gradient_as_said,
+    "ties are deterministic": ties_deterministic,
+    "padding takes no capacity": padding_takes_nothing,
+}
 
-def check_contracts(row: "str | Row",   # a name in ROUTERS, "module:attribute", or a row
-                   ) -> dict[str, str]: # contract -> "kept", "exempt: reason", or "BROKEN: what is wrong"
+
+def check_contracts(
+    row: "str | Row",  # a name in ROUTERS, "module:attribute", or a row
+) -> dict[str, str]:  # contract -> "kept", "exempt: reason", or "BROKEN: what is wrong"
     "Run every contract over a row. An exemption that is not needed counts as broken."
     row, found = find_row(row), {}
-    for name in row.exempt: known(name, CONTRACTS, "contract")
+    for name in row.exempt:
+        known(name, CONTRACTS, "contract")
     for name, contract in CONTRACTS.items():
         wrong, reason = contract(row), row.exempt.get(name)
-        if reason is None: found[name] = f"BROKEN: {wrong}" if wrong else "kept"
-        else: found[name] = f"exempt: {reason}" if wrong else f"BROKEN: exempt ({reason}), but it is kept"
+        if reason is None:
+            found[name] = f"BROKEN: {wrong}" if wrong else "kept"
+        else:
+            found[name] = f"exempt: {reason}" if wrong else f"BROKEN: exempt ({reason}), but it is kept"
     return found
 
 # %% ../../nbs/19_routers.zoo.ipynb #cef82f4e
@@ -306,68 +677,103 @@ def _batch(generator: torch.Generator, valid: Tensor) -> tuple[Tensor, Tensor]:
     "Hidden states (B, S, H) and token ids (B, S)."
     return torch.randn(*valid.shape, _H, generator=generator) * 1.5, torch.randint(50, valid.shape, generator=generator)
 
+
 def _decide(router: Router, hidden: Tensor, token_id: Tensor, valid: Tensor) -> Tensor:
     "(B, S, E, 2): who takes the token, and with what weight."
     routing = router(hidden.flatten(0, 1), example_context(*valid.shape, token_id.flatten(), valid.flatten()))[0]
     return torch.stack([routing.mask.float(), routing.dense()], -1).view(*valid.shape, _E, 2)
 
-def _moved(a: Tensor, b: Tensor) -> bool: return not torch.allclose(a, b, atol=1e-4)
+
+def _moved(a: Tensor, b: Tensor) -> bool:
+    return not torch.allclose(a, b, atol=1e-4)
+
 
 def _later(router, before, hidden, ids, valid, new):
-    cut = 3 + int(new[1][0, 0]) % 8                                # later tokens of one sequence
+    cut = 3 + int(new[1][0, 0]) % 8  # later tokens of one sequence
     h, i = hidden.clone(), ids.clone()
     h[0, cut:], i[0, cut:] = new[0][0, cut:], new[1][0, cut:]
     return _moved(_decide(router, h, i, valid)[0, :cut][valid[0, :cut]], before[0, :cut][valid[0, :cut]])
+
 
 def _others(router, before, hidden, ids, valid, new):
     for b in range(len(valid)):
         h, i = new[0].clone(), new[1].clone()
         h[b], i[b] = hidden[b], ids[b]
-        changed, lone = _decide(router, h, i, valid)[b], _decide(router, hidden[b:b + 1], ids[b:b + 1], valid[b:b + 1])[0]
-        if any(_moved(x[valid[b]], before[b][valid[b]]) for x in (changed, lone)): return True
+        changed, lone = (
+            _decide(router, h, i, valid)[b],
+            _decide(router, hidden[b : b + 1], ids[b : b + 1], valid[b : b + 1])[0],
+        )
+        if any(_moved(x[valid[b]], before[b][valid[b]]) for x in (changed, lone)):
+            return True
     return False
 
+# %% ../../nbs/19_routers.zoo.ipynb #34809727
 def _padding(router, before, hidden, ids, valid, new):
     h, i = hidden.where(valid[..., None], new[0]), ids.where(valid, new[1])
-    if _moved(_decide(router, h, i, valid)[valid], before[valid]): return True
-    for side in ((3, 0), (0, 5)):                                   # more padding before or behind every sequence
+    if _moved(_decide(router, h, i, valid)[valid], before[valid]):
+        return True
+    for side in ((3, 0), (0, 5)):  # more padding before or behind every sequence
         wide = lambda x, *inner: torch.nn.functional.pad(x, (*inner, *side))
-        if _moved(_decide(router, wide(h, 0, 0), wide(i), wide(valid))[wide(valid)], before[valid]): return True
+        if _moved(_decide(router, wide(h, 0, 0), wide(i), wide(valid))[wide(valid)], before[valid]):
+            return True
     return False
 
 # %% ../../nbs/19_routers.zoo.ipynb #c8304d03
 @torch.no_grad()
-def invariances(name: "str | Row",         # a name in ROUTERS, "module:attribute", or a row
-                training: bool = False,    # the rule of training, or that of evaluation
-                draws: int = 6,            # batches tried before a property is believed
-                **more,                    # to make_router, such as capacity_factor
-               ) -> dict[str, bool]:       # causal, batch, padding: nothing moved in any draw
+def invariances(
+    name: "str | Row",  # a name in ROUTERS, "module:attribute", or a row
+    training: bool = False,  # the rule of training, or that of evaluation
+    draws: int = 6,  # batches tried before a property is believed
+    **more,  # to make_router, such as capacity_factor
+) -> dict[str, bool]:  # causal, batch, padding: nothing moved in any draw
     "Does a token's decision depend on later tokens, on other sequences, on padding? Found by changing them."
     row = find_row(name)
     stays = {"causal": True, "batch": True, "padding": True}
     for draw in range(in_range(draws, 1, float("inf"), "draws")):
         router, generator = example_router(row, seed=draw, **more), torch.Generator().manual_seed(1000 + draw)
         router.as_trained = training
-        valid = torch.ones(4, 13, dtype=torch.bool)                # 13: a row's place modulo 8 changes from sequence to sequence
+        valid = torch.ones(4, 13, dtype=torch.bool)  # 13: a row's place modulo 8 changes from sequence to sequence
         valid[1, 9:], valid[2, :5] = False, False
         (hidden, ids), new = _batch(generator, valid), _batch(generator, valid)
         before = _decide(router, hidden, ids, valid)
         for what, test in (("causal", _later), ("batch", _others), ("padding", _padding)):
             stays[what] = stays[what] and not test(router, before, hidden, ids, valid, new)
-        if not any(stays.values()): break
+        if not any(stays.values()):
+            break
     return stays
 
 # %% ../../nbs/19_routers.zoo.ipynb #c986bc93
-def zoo_table(draws: int = 6,     # batches for the three verdicts
-             ):                   # a pandas DataFrame, one row a router
+def zoo_table(
+    draws: int = 6,  # batches for the three verdicts
+):  # a pandas DataFrame, one row a router
     "Every router with its facts and its computed verdicts; where training decides otherwise, both are given."
     import pandas as pd
+
     yes = {True: "yes", False: "no"}
     rows = []
     for row in ROUTERS.values():
         evaluated, trained = invariances(row, draws=draws), invariances(row, training=True, draws=draws)
-        says = {w: yes[evaluated[w]] + (f" (training: {yes[trained[w]]})" if trained[w] != evaluated[w] else "") for w in evaluated}
-        rows.append({"router": row.name, "group": row.group, "chooses": row.chooses, "k": "adaptive" if row.adaptive else row.defaults.get("k") or row.fixed_k or ("E" if row.rule is Dense else "k"), "trainable": yes[row.trainable], "causal": says["causal"],
-                     "batch-invariant": says["batch"], "padding-invariant": says["padding"], "losses": " ".join(f"{n} {c:g}" for n, c in example_router(row).losses.items()), "steered": yes[row.router is not Router],
-                     "needs": ", ".join((*row.needs, *("null",) * row.needs_null)), "paper": row.paper, "exempt": "; ".join(row.exempt.values())})
+        says = {
+            w: yes[evaluated[w]] + (f" (training: {yes[trained[w]]})" if trained[w] != evaluated[w] else "")
+            for w in evaluated
+        }
+        rows.append(
+            {
+                "router": row.name,
+                "group": row.group,
+                "chooses": row.chooses,
+                "k": "adaptive"
+                if row.adaptive
+                else row.defaults.get("k") or row.fixed_k or ("E" if row.rule is Dense else "k"),
+                "trainable": yes[row.trainable],
+                "causal": says["causal"],
+                "batch-invariant": says["batch"],
+                "padding-invariant": says["padding"],
+                "losses": " ".join(f"{n} {c:g}" for n, c in example_router(row).losses.items()),
+                "steered": yes[row.router is not Router],
+                "needs": ", ".join((*row.needs, *("null",) * row.needs_null)),
+                "paper": row.paper,
+                "exempt": "; ".join(row.exempt.values()),
+            }
+        )
     return pd.DataFrame(rows).set_index("router")

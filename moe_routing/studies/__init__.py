@@ -1,0 +1,1 @@
+"""What a study of runs says."""
