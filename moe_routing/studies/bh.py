@@ -200,6 +200,7 @@ def noise_distance(
         noise = noise_curve(run.alpha, E, low, int(run.max_k))
         rows.append(
             {
+                "run": run.run,
                 "config": run.notes["config"],
                 "alpha": run.alpha,
                 "max_k": int(run.max_k),
