@@ -105,16 +105,16 @@ def run_verb(args, more: list[str]) -> int:
 def _render(args) -> int:
     "The verbs that write pages."
     from moe_routing.runs.study import parse_overrides, plan_study, publish
-    from moe_routing.studies import findings
+    from moe_routing.studies import report
 
     if args.verb == "report":
-        print("report:", findings.build_report(plan_study(args.study, parse_overrides(args.overrides))))
+        print("report:", report.build_report(plan_study(args.study, parse_overrides(args.overrides))))
     elif args.verb == "publish":
         publish(plan_study(args.study, parse_overrides(args.overrides)))
-        print("published:", findings.publish_report(args.study))
+        print("published:", report.publish_report(args.study))
     elif args.verb == "figures":
-        for study in [args.study] if args.study else findings.published_studies():
-            print("report:", findings.publish_report(study), flush=True)
+        for study in [args.study] if args.study else report.published_studies():
+            print("report:", report.publish_report(study), flush=True)
     elif args.verb == "bench":
         from moe_routing.studies.benchmarks import run_benchmarks
 
