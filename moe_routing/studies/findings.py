@@ -5,19 +5,16 @@
 # %% auto #0
 __all__ = ['Finding', 'plain', 'write_findings', 'read_findings', 'find', 'fill']
 
-# %% ../../nbs/67_studies.findings.ipynb #ede5de33
+# %% ../../nbs/67_studies.findings.ipynb #02cf0a67
 import json
+import math
 import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from ..core import known
-from ..runs.run import finite, write_atomic
-from ..runs.study import Plan, load_logs, load_runs, read_records
-from ..settings import find_root, load_study
+from ..settings import find_root
 
 # %% ../../nbs/67_studies.findings.ipynb #2b109265
 @dataclass(frozen=True)
