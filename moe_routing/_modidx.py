@@ -2613,8 +2613,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'moe_routing/studies/report.py'),
                                             'moe_routing.studies.report.Report.finish': ( 'studies.report.html#report.finish',
                                                                                           'moe_routing/studies/report.py'),
-                                            'moe_routing.studies.report.Report.note': ( 'studies.report.html#report.note',
-                                                                                        'moe_routing/studies/report.py'),
                                             'moe_routing.studies.report.Report.say': ( 'studies.report.html#report.say',
                                                                                        'moe_routing/studies/report.py'),
                                             'moe_routing.studies.report.Report.table': ( 'studies.report.html#report.table',

@@ -61,6 +61,8 @@ from moe_routing.studies.prediction import (
 from moe_routing.studies.prediction import (
     PUBLISHED as PUBLISHED_HITS,
 )
+
+# %% ../../nbs/78_studies.claims.ipynb #ba625c28
 from moe_routing.studies.prediction import (
     seed_verdicts as prediction_verdicts,
 )
