@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_tokenizer', 'TinyRecipe', 'tiny_config', 'training_batches', 'learning_rate_share', 'train_tiny', 'ship_tiny',
-           'tiny_folder', 'tiny_model', 'model_size', 'load_model', 'fingerprint']
+           'train_again', 'tiny_folder', 'tiny_model', 'model_size', 'load_model', 'fingerprint']
 
 # %% ../../nbs/41_models.load.ipynb #c8e60932
 import hashlib
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
 from filelock import FileLock
 from safetensors import safe_open
@@ -42,7 +43,7 @@ from moe_routing.models.quantised import (
     weight_groups,
 )
 from ..settings import load_settings
-from ..world import corpus_hash, ngram_losses, shipped_folder, shipped_tiny
+from ..world import DOMAINS, corpus_hash, ngram_losses, shipped_folder, shipped_tiny
 
 # %% ../../nbs/41_models.load.ipynb #cd86323a
 def make_tokenizer(
@@ -330,6 +331,11 @@ def _keep(folder: Path, make):
             "the steps up to the last checkpoint are safe"
         ) from e
 
+
+def _name_of(tokenizer) -> str:
+    "Twelve hexadecimal digits that name a tokenizer."
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:12]
+
 # %% ../../nbs/41_models.load.ipynb #7cc47169
 def _rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     "Large float32 weights as int8 with one float32 scale a row, `<name>.scale`; small ones (gates, norms) as they are."
@@ -361,28 +367,28 @@ def _open_shipped(folder: Path, experts: str, dtype: torch.dtype, sha256: str | 
     return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 # %% ../../nbs/41_models.load.ipynb #1a4b047e
-def _held_out(model, tokens: list[list[int]]) -> float:
-    "Perplexity over all tokens of the held-out pages but the first of each."
+def _losses(model, tokens: list[list[int]]) -> list[Tensor]:
+    "For each text the losses of all tokens but the first, in nats."
     with torch.inference_mode():
-        losses = [
-            model(input_ids=t, labels=t, use_cache=False).loss.item() for t in (torch.tensor([t]) for t in tokens)
-        ]
-    return float(math.exp(np.average(losses, weights=[len(t) - 1 for t in tokens])))
+        logits = (model(input_ids=torch.tensor([t]), use_cache=False).logits[0, :-1] for t in tokens)
+        return [F.cross_entropy(z, torch.tensor(t[1:]), reduction="none") for z, t in zip(logits, tokens)]
 
 
-def _perplexities(trained, shipped, tokenizer, settings) -> dict[str, float]:
-    "What the model reaches on held-out text before and after rounding, and what a table of counts reaches."
-    texts = {s: [r["text"] for r in load_corpus("embedded", s, settings=settings)] for s in ("train", "test")}
-    train, test = (tokenizer(texts[s]).input_ids for s in ("train", "test"))
-    losses = ngram_losses([t + [tokenizer.eos_token_id] for t in train], test, len(tokenizer))
-    first = np.cumsum([0, *map(len, test[:-1])])
-    return {
-        "trained": _held_out(trained, test),
-        "shipped": _held_out(shipped, test),
-        "ngram": float(np.exp(np.delete(losses, first).mean())),
-    }
+def _perplexities(models: dict, tokenizer, settings) -> dict:
+    "Held-out perplexity of each model and of a table of counts, on all pages and, under `domains`, on those of each."
+    pages = {s: load_corpus("embedded", s, settings=settings) for s in ("train", "test")}
+    train, test = (tokenizer([r["text"] for r in pages[s]]).input_ids for s in ("train", "test"))
+    counted = ngram_losses([t + [tokenizer.eos_token_id] for t in train], test, len(tokenizer))
+    losses = {name: _losses(model, test) for name, model in models.items()}
+    losses["ngram"] = [part[1:] for part in torch.from_numpy(counted).split([len(t) for t in test])]
 
+    def over(domains):
+        chosen = [i for i, r in enumerate(pages["test"]) if r["domain"] in domains]
+        return {n: round(torch.cat([x[i] for i in chosen]).double().mean().exp().item(), 4) for n, x in losses.items()}
 
+    return over(DOMAINS) | {"domains": {d: over((d,)) for d in DOMAINS}}
+
+# %% ../../nbs/41_models.load.ipynb #9e1bd059
 def loss_windows(losses: list[float]) -> list[list[float]]:
     "The mean loss of ten steps at a time up to step 60, of a hundred after it: [first step, last step, mean]."
     edges = [*range(0, min(60, len(losses)), 10), *range(60, len(losses), 100), len(losses)]
@@ -411,15 +417,33 @@ def ship_tiny(
     shipped, _ = _open_shipped(folder, "ragged", torch.float32, None)
     packages = {p.__name__: p.__version__ for p in (torch, transformers, tokenizers, np)}
     card = {k: log[k] for k in ("recipe", "corpus", "tokens", "seconds", "threads")} | {
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:12],
+        "tokenizer": _name_of(tokenizer),
         "fingerprint": fingerprint(shipped),
         "sha256": hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest(),
         "losses": loss_windows(log["losses"]),
-        "perplexity": _perplexities(trained, shipped, tokenizer, settings),
+        "perplexity": _perplexities({"trained": trained, "shipped": shipped}, tokenizer, settings),
         "versions": {"python": platform.python_version(), **packages},
     }
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     return card
+
+# %% ../../nbs/41_models.load.ipynb #7d3c7cc9
+def train_again(
+    stop: int | None = None,  # steps to train; None: all of them
+    settings=None,  # of `load_settings`; read when not given
+    progress: bool = True,
+) -> list[dict]:  # rows: what, recorded, now; `corpus` and `tokenizer` first, then losses in nats, perplexity last
+    "Train the default recipe anew, keeping nothing, and lay what comes out beside what the card of the shipped model says."
+    settings, card = settings or load_settings(), shipped_tiny()
+    model, tokenizer, log = _train(TinyRecipe(), settings, progress=progress, stop=stop)
+    rows = [("corpus", card["corpus"], log["corpus"]), ("tokenizer", card["tokenizer"], _name_of(tokenizer))]
+    for (first, last, then), (_, end, now) in zip(card["losses"], loss_windows(log["losses"])):
+        if last == end:
+            rows.append((f"loss of steps {first} to {last}", then, now))
+    if stop is None:
+        found = _perplexities({"now": model}, tokenizer, settings)
+        rows += [("perplexity", card["perplexity"]["trained"], found["now"])]
+    return [dict(zip(("what", "recorded", "now"), row)) for row in rows]
 
 # %% ../../nbs/41_models.load.ipynb #23cbe596
 def tiny_folder(
