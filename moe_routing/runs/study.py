@@ -541,6 +541,9 @@ def execute(
     return record
 
 # %% ../../nbs/70_runs.study.ipynb #a20d2b23
+_QUIET = ("--quiet", "rules", "progress", "host")  # our own lines say what is done
+
+
 def run_study(
     name: str,  # study
     overrides: dict | None = None,
