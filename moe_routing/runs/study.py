@@ -544,6 +544,9 @@ def execute(
 _QUIET = ("--quiet", "rules", "progress", "host")  # our own lines say what is done
 
 
+_QUIET = ("--quiet", "rules", "progress", "host")  # our own lines say what is done
+
+
 def run_study(
     name: str,  # study
     overrides: dict | None = None,
@@ -559,16 +562,7 @@ def run_study(
     # packed, because Snakemake would make text of the numbers in a list
     packed = ["--config", f"packed={b64encode(json.dumps(config).encode()).decode()}"] if config else []
     command = [sys.executable, "-m", "snakemake", "-s", str(root / "papermill_runs" / "Snakefile")]
-    command += [
-        "--cores",
-        str(cores or os.cpu_count()),
-        "--quiet",
-        "rules",
-        "progress",
-        plan.study.name,
-        *more,
-        *packed,
-    ]
+    command += ["--cores", str(cores or os.cpu_count()), plan.study.name, *_QUIET, *more, *packed]
     dry = "--dry-run" in more
     log = plan.folder / plan.study.log if plan.study.log and not dry else None
     code = _shown_and_kept(command, root, log, f"{plan.study.name} {config and overrides or ''}")
