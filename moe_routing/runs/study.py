@@ -541,6 +541,12 @@ def execute(
     return record
 
 # %% ../../nbs/70_runs.study.ipynb #a20d2b23
+_QUIET = ("--quiet", "rules", "progress", "host")  # our own lines say what is done
+
+
+_QUIET = ("--quiet", "rules", "progress", "host")  # our own lines say what is done
+
+
 def run_study(
     name: str,  # study
     overrides: dict | None = None,
@@ -556,16 +562,7 @@ def run_study(
     # packed, because Snakemake would make text of the numbers in a list
     packed = ["--config", f"packed={b64encode(json.dumps(config).encode()).decode()}"] if config else []
     command = [sys.executable, "-m", "snakemake", "-s", str(root / "papermill_runs" / "Snakefile")]
-    command += [
-        "--cores",
-        str(cores or os.cpu_count()),
-        "--quiet",
-        "rules",
-        "progress",
-        plan.study.name,
-        *more,
-        *packed,
-    ]
+    command += ["--cores", str(cores or os.cpu_count()), plan.study.name, *_QUIET, *more, *packed]
     dry = "--dry-run" in more
     log = plan.folder / plan.study.log if plan.study.log and not dry else None
     code = _shown_and_kept(command, root, log, f"{plan.study.name} {config and overrides or ''}")
@@ -673,16 +670,22 @@ def golden_cases(
     root: Path | None = None,
 ) -> dict[str, tuple[str, dict]]:  # name of the case -> template, what differs from its defaults
     "The smoke runs whose results are remembered."
-    from moe_routing.routers.zoo import ROUTERS
+    from moe_routing.routers.zoo import ROUTERS, Router
 
     root = Path(root or find_root())
-    cases = {f.stem: (f.stem, {}) for f in sorted((root / "nbs" / "runs").glob("*.ipynb"))}
-    for router, row in ROUTERS.items():
-        if row.trainable:
-            cases[f"train_router {router}"] = ("train_router", {"router": router})
-        else:
-            cases[f"evaluate_router {router}"] = ("evaluate_router", {"router": router})
+    templates = [f.stem for f in sorted((root / "nbs" / "runs").glob("*.ipynb"))]
+    # a benchmark is about speed, which nothing can be compared with
+    cases = {name: (name, {}) for name in templates if not name.startswith("bench_")}
+    for name, row in ROUTERS.items():
+        cases[f"train_router {name}"] = ("train_router", {"router": name, **_BRIEF})
+        if row.router is Router and row.chooses in ("token", "nobody"):  # rules that a pretrained gate can take
+            known = template_parameters(template_path("evaluate_router", root))
+            given = {k: v for k, v in row.example.items() if k in known}
+            cases[f"evaluate_router {name}"] = ("evaluate_router", {"router": name, **given, "second_run_samples": 0})
     return cases
+
+
+_BRIEF = {"steps": 4, "eval_every": 2, "windows": 8}
 
 
 def golden_result(
@@ -693,7 +696,7 @@ def golden_result(
     "What is remembered of a smoke run."
     return {k: v for k, v in smoke(template, parameters, root)["metrics"].items() if not TIMED.search(k)}
 
-
+# %% ../../nbs/70_runs.study.ipynb #ff58d2b7
 def write_golden(
     only: list[str] | None = None,  # cases to do again; default: all
     root: Path | None = None,
