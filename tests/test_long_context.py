@@ -1,4 +1,4 @@
-"""Long text: windows against reading by hand, chance by its law, ends of documents, what is refused, a model whose choices are known."""
+"""Long text: windows against reading by hand, chance by its law, ends of documents, refusals, a known model."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from moe_routing import long_context as long
+from moe_routing.analysis import long_context as long
 from moe_routing.core import Routing
 from moe_routing.metrics.stability import random_jaccard
 from moe_routing.patching.patch import route
@@ -25,7 +25,7 @@ def small():
 
 def masks(model, routers, rows):
     "(L, N, S, E) choices of whole rows."
-    seen = long.Choices()
+    seen = long.Decisions()
     with torch.no_grad(), route(model, routers, observe=seen.see):
         model(rows, use_cache=False)
     return torch.stack([r.mask.view(*rows.shape, -1) for r in seen.block])
