@@ -32,7 +32,7 @@ class Settings:
     root: Path  # folder of settings.ini
     data_dir: Path = Path("data")  # local copies of data sets, in the hub's columns
     cache_dir: Path = Path("cache")  # what can be made again
-    results_dir: Path = Path("papermill_runs")  # results of the studies
+    results_dir: Path = Path("papermill_runs/local")  # results of the studies on this machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     threads: int = 0  # 0: leave it to torch
@@ -134,7 +134,7 @@ class Study:
     base: dict = field(default_factory=dict)  # parameters that all runs share
     seeds: tuple[int, ...] = (0,)
     prepare: str = ""  # a template that is run once before all others, with the parameters of `base` it knows
-    report: str = ""  # a report of moe_routing.studies.bh to build from the finished runs
+    report: str = ""  # a notebook of nbs/studies, executed on the finished runs
     report_options: dict = field(default_factory=dict)
     dtype: str = ""  # in place of that of settings.ini
     gpus: int = 1  # a run takes

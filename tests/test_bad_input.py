@@ -333,7 +333,7 @@ def test_names(call, words):
 def test_calibration_is_recorded_again_when_its_texts_change(tmp_path, monkeypatch):
     import moe_routing.traces.calibration as calibration
 
-    model, tokenizer = load_model("tiny", steps=1)
+    model, tokenizer = load_model("tiny")
     texts = [{"id": i, "text": f"text number {i} of many"} for i in range(6)]
     monkeypatch.setattr(calibration, "load_calibration", lambda source, limit: texts[:limit])
     first = calibration_trace(model, tokenizer, texts=4, cache_dir=tmp_path)
@@ -346,7 +346,7 @@ def test_calibration_is_recorded_again_when_its_texts_change(tmp_path, monkeypat
 
 
 # the template
-SMALL = dict(model="tiny", steps=1, limit=2, max_length=32, second_run_samples=0, calibration_texts=8, logs=False)
+SMALL = dict(model="tiny", steps=1500, limit=2, max_length=32, second_run_samples=0, calibration_texts=8, logs=False)
 
 
 def test_the_template_refuses_before_anything_is_loaded(tmp_path):

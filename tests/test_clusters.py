@@ -131,12 +131,12 @@ for i, line in enumerate(open({str(book)!r}), 1): print(f"{{i}}|{{json.loads(lin
     )
     jobs = [json.loads(line) for line in book.read_text().splitlines()] if book.exists() else []
     assert done.returncode == 0, done.stdout + done.stderr + "".join(job["said"] for job in jobs)
-    assert len(jobs) == 1 and len(list((lab / "papermill_runs" / "demo").glob("*/finished"))) == 1
+    assert len(jobs) == 1 and len(list((lab / "papermill_runs" / "local" / "demo").glob("*/finished"))) == 1
     for job in jobs:
         words = " ".join(job["words"])
         assert "--mem 32000" in words and "-t 240" in words and "gpu" in words, words
     assert all(
-        json.loads(p.read_text())["status"] == "finished" for p in (lab / "papermill_runs" / "demo").glob("*/run.json")
+        json.loads(p.read_text())["status"] == "finished" for p in (lab / "papermill_runs" / "local" / "demo").glob("*/run.json")
     )
 
 

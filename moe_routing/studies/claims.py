@@ -61,11 +61,13 @@ from moe_routing.studies.prediction import (
 from moe_routing.studies.prediction import (
     PUBLISHED as PUBLISHED_HITS,
 )
+
+# %% ../../nbs/78_studies.claims.ipynb #ba625c28
 from moe_routing.studies.prediction import (
     seed_verdicts as prediction_verdicts,
 )
 
-# %% ../../nbs/78_studies.claims.ipynb #ba625c28
+# %% ../../nbs/78_studies.claims.ipynb #3b34f855
 from ..routers.control import PositionHash
 from ..routers.pvalue import noise_curve
 from ..routers.sinkhorn import sinkhorn
