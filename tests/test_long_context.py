@@ -39,7 +39,7 @@ def jaccard(a, b):
 def test_against_reading_by_hand(small, window, context, short):
     model, routers, ids, document = small
     row = long.route_long(model, routers, ids, document, window, context, shorts=(short,))
-    same, next_to, nll, count = [], [], [], 0
+    same, next_to, count = [], [], 0
     for start in range(0, len(ids) - window + 1, window - context):
         here = masks(model, routers, ids[None, start : start + window])[:, 0]
         for t in range(context, window, short // 2):
