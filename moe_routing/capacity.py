@@ -25,7 +25,8 @@ def expert_capacity(
     capacity_factor: float,  # cf > 0
 ) -> int:  # C, slots an expert may serve
     "C = max(1, ceil(cf T k / E)) (GShard, Lepikhin et al. 2020). ValueError for cf <= 0 or k > E."
-    in_range(tokens, 0, float("inf"), "tokens"), in_range(num_experts, 1, float("inf"), "num_experts")
+    in_range(tokens, 0, float("inf"), "tokens")
+    in_range(num_experts, 1, float("inf"), "num_experts")
     in_range(capacity_factor, 0, float("inf"), "capacity_factor (None is dropless)", open_low=True, open_high=True)
     in_range(k, 0, num_experts, f"k of {num_experts} experts", open_low=True)
     wanted = capacity_factor * tokens * k / num_experts
@@ -304,9 +305,9 @@ def shares_from_cv(
         return _spread(
             E, cv, 1 / max(min(k, int(E / (cv**2 + 1) + 1e-9)), 1)
         )  # n experts that share everything have CV sqrt(E / n - 1)
-    low, high = (
-        max(cv / sqrt(E - 1), cv**2),
-        cv * sqrt(E - 1),
+    low = max(cv / sqrt(E - 1), cv**2)
+    high = cv * sqrt(
+        E - 1
     )  # the largest stands alone above the others at `high`; below `low` it would not be the largest
     in_range(max_violation, low * (1 - 1e-9), high * (1 + 1e-9), f"max_violation of {E} shares with cv = {cv:g}")
     top = min((1 + max_violation) / E, 1.0)

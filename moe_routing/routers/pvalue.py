@@ -560,10 +560,8 @@ def fdr_study(
     known(rule, CORRECTIONS, "rule")
     generator, E, each = torch.Generator().manual_seed(seed), num_experts, -(-tokens // draws)
     strictness = float(critical_values(0.5, E, rule)[-1]) / 0.5
-    found, share = (
-        torch.zeros(len(alphas), draws, dtype=torch.float64),
-        torch.zeros(len(alphas), draws, dtype=torch.float64),
-    )
+    found = torch.zeros(len(alphas), draws, dtype=torch.float64)
+    share = torch.zeros(len(alphas), draws, dtype=torch.float64)
     for draw in range(draws):
         if null == "conformal":
             sample = torch.randn(calibration, E, generator=generator)
