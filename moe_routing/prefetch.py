@@ -101,7 +101,9 @@ class Replay:
 
     @property
     def useful_ratio(self) -> float | None:
-        "Share of the speculative loads that were used before eviction; one still unused at the end counts as not used. None without any."
+        """Share of the speculative loads that were used before eviction.
+
+        One still unused at the end counts as not used. None without any."""
         return self.useful / self.fetched if self.fetched else None
 
     def as_dict(self) -> dict:
@@ -190,7 +192,9 @@ class _Store:
 
 # %% ../nbs/52_prefetch.ipynb #c3bb6fcc
 def _lowest(store: _Store, count: int, guard: int, forced: bool) -> list[int]:
-    "The items to evict: neither pinned at or after `guard` nor held; held ones when forced and there are no others. May be fewer than `count`."
+    """The items to evict: neither pinned at or after `guard` nor held; held ones when forced and there are no others.
+
+    May be fewer than `count`."""
     items, rank, cached, pinned, held, heap = (
         store.items,
         store.rank,
@@ -357,7 +361,9 @@ def _serve(
 
 # %% ../nbs/52_prefetch.ipynb #c3c8551e
 def _ranks(needs: np.ndarray, items: int, policy: str, frequency: np.ndarray | None) -> tuple[np.ndarray, list]:
-    "The rank (n, K) that each use gives its item, and the rank (items,) before any use; both times items, plus the item."
+    """The rank (n, K) that each use gives its item, and the rank (items,) before any use.
+
+    Both times items, plus the item."""
     n, K = needs.shape
     own = np.arange(items)
     if policy == "static":
@@ -419,7 +425,9 @@ def _predicted_moves(ranked: np.ndarray, allowed: np.ndarray, num_experts: int, 
 
 # %% ../nbs/52_prefetch.ipynb #c567aeaf
 def _checked(experts, num_experts: int, sample) -> tuple[np.ndarray, np.ndarray]:
-    "Experts (T, L, K) and samples (T,), numbered from 0 in order, as int64; ValueError on anything a trace cannot hold."
+    """Experts (T, L, K) and samples (T,), numbered from 0 in order, as int64.
+
+    ValueError on anything a trace cannot hold."""
     x = np.asarray(experts).astype(np.int64)
     if x.ndim != 3:
         raise ValueError(f"experts must be (T, L, K), got shape {x.shape}")
@@ -427,7 +435,8 @@ def _checked(experts, num_experts: int, sample) -> tuple[np.ndarray, np.ndarray]
         raise ValueError(f"experts of shape {x.shape} hold no access: an empty trace cannot be replayed")
     if x.min() < 0 or x.max() > num_experts:
         raise ValueError(
-            f"experts holds id {x.min() if x.min() < 0 else x.max()}, outside 0..{num_experts} ({num_experts} marks an unused slot)"
+            f"experts holds id {x.min() if x.min() < 0 else x.max()}, outside 0..{num_experts} ({num_experts} marks "
+            "an unused slot)"
         )
     if (x == num_experts).all():
         raise ValueError("every slot of experts is unused: an empty trace cannot be replayed")
@@ -449,11 +458,13 @@ def _guesses(predicted, shape: tuple, num_experts: int) -> np.ndarray:
     p = np.asarray(predicted).astype(np.int64)
     if p.ndim != 3 or p.shape[:2] != shape[:2]:
         raise ValueError(
-            f"predicted has shape {p.shape}, but the trace has (T, L) = {tuple(shape[:2])}: give the predictions of the same tokens, in order"
+            f"predicted has shape {p.shape}, but the trace has (T, L) = {tuple(shape[:2])}: give the predictions of "
+            "the same tokens, in order"
         )
     if p.size and (p.min() < 0 or p.max() > num_experts):
         raise ValueError(
-            f"predicted holds id {p.min() if p.min() < 0 else p.max()}, outside 0..{num_experts} ({num_experts} marks no guess)"
+            f"predicted holds id {p.min() if p.min() < 0 else p.max()}, outside 0..{num_experts} ({num_experts} "
+            "marks no guess)"
         )
     return p
 
@@ -584,7 +595,9 @@ def hit_rate_interval(
     documents=None,  # (S,) label of the document of each sample; default: a sample is a document
     level: float = 0.95,
 ) -> Interval:  # of the hit rate, or of the difference
-    "Hit rate, or difference of two, with an interval over documents: studentised bootstrap, with fewer than ten documents Student's t. ValueError with one."
+    """Hit rate, or difference of two, with an interval over documents.
+
+    Studentised bootstrap, with fewer than ten documents Student's t. ValueError with one."""
     if b is not None and not np.array_equal(a.sample_accesses, b.sample_accesses):
         raise ValueError("the two replays are of different traces: their samples have other numbers of accesses")
     hits = a.sample_accesses - a.sample_misses
@@ -637,7 +650,8 @@ def load_predictions(
         )
     if token.min() < 0 or token.max() >= num_tokens:
         raise ValueError(
-            f"{path}: token names row {int(token.max())} (or one below 0), but the trace has rows 0..{num_tokens - 1}: predictions of another trace"
+            f"{path}: token names row {int(token.max())} (or one below 0), but the trace has rows "
+            f"0..{num_tokens - 1}: predictions of another trace"
         )
     if len(token.unique()) < len(token):
         raise ValueError(f"{path}: token names a row twice")
@@ -726,7 +740,9 @@ def break_even(
     latency_ms: float = 0,  # of each load
     known_ms: float = 0,  # as for `serving_time`
 ) -> float:  # GB/s; above it prefetching is faster. 0: at every bandwidth; inf: at none
-    "The bandwidth at which prefetching stops being faster. Load times from a thousandth of the computation to 10^5 times it are searched."
+    """The bandwidth at which prefetching stops being faster.
+
+    Load times from a thousandth of the computation to 10^5 times it are searched."""
     _load_ms(ahead, 1, compute_ms, latency_ms)
     if demand.fetched or len(ahead.demand) != len(demand.demand) or ahead.expert_bytes != demand.expert_bytes:
         raise ValueError(
@@ -775,8 +791,10 @@ def worth(
         else f"{100 * ahead.useful_ratio:.0f} % of the fetches were used"
     )
     words = (
-        f"at {bandwidth:g} GB/s prefetching {'is undecided' if verdict == 'undecided' else verdict}: {ours['tokens_per_s']:.4g} tokens/s against {theirs['tokens_per_s']:.4g} of {best.policy}, "
-        f"time saved {100 * saved.estimate:.1f} % [{100 * saved.low:.1f}, {100 * saved.high:.1f}]; hit rate {100 * (ahead.hit_rate - best.hit_rate):+.1f} points, {used}; on this trace it is faster {where}"
+        f"at {bandwidth:g} GB/s prefetching {'is undecided' if verdict == 'undecided' else verdict}: "
+        f"{ours['tokens_per_s']:.4g} tokens/s against {theirs['tokens_per_s']:.4g} of {best.policy}, "
+        f"time saved {100 * saved.estimate:.1f} % [{100 * saved.low:.1f}, {100 * saved.high:.1f}]; hit rate "
+        f"{100 * (ahead.hit_rate - best.hit_rate):+.1f} points, {used}; on this trace it is faster {where}"
     )
     return {
         "saved": saved.estimate,
@@ -818,7 +836,9 @@ def local_consistency(
     sample: Tensor | None = None,  # (T,) windows do not cross samples; default: one
     generator: np.random.Generator | None = None,  # of the controls; default: seeded with 0
 ) -> list[dict]:  # a row a layer: srp, group, sch, each also with _random and _shuffled
-    "Segment routing best performance and segment cache best hit rate, beside random and shuffled routing. ValueError when no sample is as long as a window."
+    """Segment routing best performance and segment cache best hit rate, beside random and shuffled routing.
+
+    ValueError when no sample is as long as a window."""
     in_range(num_experts, 1, 2**31, "num_experts")
     (x, s), generator = _checked(experts, num_experts, sample), generator or np.random.default_rng(0)
     longest = int(np.bincount(s).max())

@@ -66,7 +66,9 @@ def _past(cache) -> int:
 
 # %% ../../nbs/42_patching.patch.ipynb #c3d092dd
 def _own_slots(experts: Tensor, own: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    "For each slot of `experts` (T, K) the slot of `own` (T, k) with that expert, or -1; and (T,) whether the two sets are equal."
+    """For each slot of `experts` (T, K) the slot of `own` (T, k) with that expert, or -1.
+
+    And (T,) whether the two sets are equal."""
     table = torch.full((len(own), num_experts + 1), -1, dtype=torch.int16, device=own.device)
     table.scatter_(1, own, torch.arange(own.shape[1], dtype=torch.int16, device=own.device).expand_as(own))
     at, used = table.gather(1, experts), experts < num_experts
@@ -119,7 +121,9 @@ class _Layer:
         self.received, self.lost, self.decisions = 0, 0, 0
 
     def count(self, context: Context, routing: Routing, own_weights: Tensor | None, same: Tensor | None) -> Tensor:
-        "Add one decision to the sums: tokens, slots used, weight, the model's own weight, sets that differ. Returns the valid rows (T, 1)."
+        """Add one decision to the sums: tokens, slots used, weight, the model's own weight, sets that differ.
+
+        Returns the valid rows (T, 1)."""
         rows = (
             routing.experts.new_ones(len(routing.experts), dtype=torch.bool) if context.valid is None else context.valid
         )
@@ -165,7 +169,8 @@ class _Forward:
 
     def __reduce_ex__(self, protocol):
         raise RuntimeError(
-            "a patched model cannot be copied or pickled, its gates would go on calling this model's: leave the `with route(...)` block first"
+            "a patched model cannot be copied or pickled, its gates would go on calling this model's: leave the "
+            "`with route(...)` block first"
         )
 
 # %% ../../nbs/42_patching.patch.ipynb #c16fc325
@@ -196,7 +201,8 @@ def _view(layer: _Layer, args: tuple, kwargs: dict, out: list, scores: Tensor | 
             other = choice.new_zeros(experts.shape)
         else:
             raise ValueError(
-                f"native weights are refused for {info.gate_name}: {info.why_not}; choose another weight convention, such as renorm"
+                f"native weights are refused for {info.gate_name}: {info.why_not}; choose another weight convention, "
+                "such as renorm"
             )
         return torch.where(
             same.unsqueeze(1), one_past_last(at.long().remainder(own.shape[1] + 1), own_weights.float()), other
@@ -319,7 +325,8 @@ def _begin(self: Patch, module: nn.Module, args: tuple, kwargs: dict):
     checkpointing = _checkpointing(self.model)
     if checkpointing == "reentrant" and any(isinstance(layer.rule, nn.Module) for layer in self.layers):
         raise RuntimeError(
-            "a router cannot be trained under reentrant gradient checkpointing: call model.activation_checkpointing_enable("
+            "a router cannot be trained under reentrant gradient checkpointing: call "
+            "model.activation_checkpointing_enable("
             "activation_checkpointing_kwargs={'use_reentrant': False})"
         )
     call = signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
@@ -340,7 +347,8 @@ def _context(self: Patch, layer: _Layer, rows: Tensor, again: bool) -> Context:
     "The context of one gate in the current forward."
     if again and self.pending > 1:
         raise RuntimeError(
-            f"{self.pending} forwards before one backward pass under gradient checkpointing: their contexts cannot be told apart; "
+            f"{self.pending} forwards before one backward pass under gradient checkpointing: their contexts cannot "
+            "be told apart; "
             "call backward after each forward"
         )
     if again and layer.info.index == 0:
@@ -436,7 +444,8 @@ def _certificate(patch: Patch) -> Certificate:
     silent = [l.info.gate_name for l in patch.layers if not l.decisions]
     if silent:
         raise RuntimeError(
-            f"the patch had no effect in {len(silent)} of {len(sums)} layers, whose gates were not called: {', '.join(silent[:4])}"
+            f"the patch had no effect in {len(silent)} of {len(sums)} layers, whose gates were not called: "
+            f"{', '.join(silent[:4])}"
         )
     lost = [
         l.info.experts_name
@@ -482,7 +491,9 @@ def route(
     observe: Callable | None = None,  # observe(context, routing, hidden (T, H)) after each decision
     validate: bool = False,  # check every invariant of every decision (slow)
 ) -> Patch:  # use as `with route(...) as patch:`, then `patch.report()`
-    "Let a rule or a router decide in all MoE layers of a model; everything is restored when the block is left. ValueError if the model cannot be patched."
+    """Let a rule or a router decide in all MoE layers of a model; everything is restored when the block is left.
+
+    ValueError if the model cannot be patched."""
     known(experts, ("ragged", "keep"), "value of experts")
     layers = moe_layers(model)
     if layers.refused:
@@ -506,11 +517,13 @@ def _check_rule(layer: MoELayer, rule, experts: str):
         raise TypeError(f"a rule must be callable, got {rule!r}")
     if getattr(rule, "weigh", None) == "native" and not layer.weights_from:
         raise ValueError(
-            f"native weights are refused for {layer.gate_name}: {layer.why_not}; choose another weight convention, such as renorm"
+            f"native weights are refused for {layer.gate_name}: {layer.why_not}; choose another weight convention, "
+            "such as renorm"
         )
     if experts == "ragged" and (not hasattr(layer.experts, "_is_expert_parallel") or layer.experts._is_expert_parallel):
         raise ValueError(
-            f"{layer.experts_name} ({type(layer.experts).__name__}) does not take an experts implementation here: use experts='keep'"
+            f"{layer.experts_name} ({type(layer.experts).__name__}) does not take an experts implementation here: "
+            "use experts='keep'"
         )
 
 # %% ../../nbs/42_patching.patch.ipynb #c2cf9221

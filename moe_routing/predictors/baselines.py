@@ -73,7 +73,8 @@ def look(
         raise ValueError(f"horizon {horizon.name!r} sees token ids only, no hidden states")
     if horizon.column not in batch:
         raise ValueError(
-            f"horizon {horizon.name!r} needs the column {horizon.column!r}: record the trace with keep=({horizon.column!r},)"
+            f"horizon {horizon.name!r} needs the column {horizon.column!r}: record the trace with "
+            f"keep=({horizon.column!r},)"
         )
     if "layer" in batch and horizon.layers_back:
         raise ValueError(f"horizon {horizon.name!r} looks across layers: by_layer must be False")
@@ -335,7 +336,9 @@ class Table(Predictor):
 
 # %% ../../nbs/51_predictors.baselines.ipynb #ca15c464
 class PreviousToken(Predictor):
-    "The experts of the token before, in the same layer; the first token has the marginal only, which also ranks the rest."
+    """The experts of the token before, in the same layer.
+
+    The first token has the marginal only, which also ranks the rest."""
 
     needs, passes = frozenset(["past"]), 1
 
@@ -351,7 +354,9 @@ class PreviousToken(Predictor):
 
 
 class PreviousLayer(PreviousToken):
-    "The experts with the same numbers as those used in the newest known layer: numbers mean nothing across layers, which this control shows."
+    """The experts with the same numbers as those used in the newest known layer.
+
+    Numbers mean nothing across layers, which this control shows."""
 
     needs = frozenset(["layers"])
 
@@ -383,7 +388,10 @@ class PreviousLayerTable(Predictor):
 
 # %% ../../nbs/51_predictors.baselines.ipynb #c0b9eea2
 class GateOn(Predictor):
-    "The gate of layer l on what is known: `own` input (the control), `stale` (of an earlier layer), `stream` (before attention), `previous` (one token ago)."
+    """The gate of layer l on what is known.
+
+    `own` input (the control), `stale` (of an earlier layer), `stream` (before attention), `previous` (one token
+    ago)."""
 
     def __init__(self, horizon, trace, what: str = "stale"):
         super().__init__(horizon, trace)

@@ -78,7 +78,8 @@ class Learned(Predictor):
         self.H = trace.head.get("hidden_size", 0)
         if horizon.column and not self.H:
             raise ValueError(
-                f"horizon {horizon.name!r} needs hidden states, and {trace.folder} has none: record it with keep=({horizon.column!r},)"
+                f"horizon {horizon.name!r} needs hidden states, and {trace.folder} has none: record it with "
+                f"keep=({horizon.column!r},)"
             )
         self.loss_name = "bce"
 
@@ -189,7 +190,9 @@ class TokenEmbedding(Learned):
 
 # %% ../../nbs/54_predictors.learned.ipynb #cc79d3c6
 class History(MLPGuess):
-    "`mlp`, plus what causal attention (or a GRU) finds in the tokens so far: their hidden states and the experts they used."
+    """`mlp`, plus what causal attention (or a GRU) finds in the tokens so far.
+
+    Their hidden states and the experts they used."""
 
     def __init__(self, horizon, trace, width: int = 512, memory: int = 128, heads: int = 4, recurrent: bool = False):
         super().__init__(horizon, trace, width)
@@ -260,7 +263,9 @@ class SeedSimple(Learned):
 
 # %% ../../nbs/54_predictors.learned.ipynb #fe919a3c
 class SeedHybrid(Learned):
-    "A head for now and four for the next tokens, over two causal transformer layers; the same for all layers of the model."
+    """A head for now and four for the next tokens, over two causal transformer layers.
+
+    The same for all layers of the model."""
 
     pooled, steps = True, 4
 
@@ -522,7 +527,8 @@ def train_predictor(
     samples, columns = list(samples), predictor.columns()
     if recipe.by_layer and not predictor.pooled:
         raise ValueError(
-            f"{type(predictor).__name__} has weights for each layer and cannot learn from one layer at a time: by_layer must be False"
+            f"{type(predictor).__name__} has weights for each layer and cannot learn from one layer at a time: "
+            "by_layer must be False"
         )
     if recipe.loss:
         predictor.loss_name = recipe.loss
@@ -555,7 +561,8 @@ def train_predictor(
                 if not loss.isfinite():
                     if recipe.on_nan == "error":
                         raise FloatingPointError(
-                            f"the loss is {float(loss.detach())} at step {step}, epoch {epoch + 1}: lower lr (now {recipe.lr:g}), or look for damaged hidden states"
+                            f"the loss is {float(loss.detach())} at step {step}, epoch {epoch + 1}: lower lr (now "
+                            f"{recipe.lr:g}), or look for damaged hidden states"
                         )
                     log["skipped"] += 1
                     continue

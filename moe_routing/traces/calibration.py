@@ -89,7 +89,9 @@ def resolve_source(
     source: str,  # embedded, local, hub or auto
     model: str,  # name of the model
 ) -> str:
-    "Where a model's texts come from: auto means the embedded world for the tiny model, and for others a local copy if there is one, else the hub."
+    """Where a model's texts come from.
+
+    Auto means the embedded world for the tiny model, and for others a local copy if there is one, else the hub."""
     known(source, SOURCES, "data")
     return "embedded" if source == "auto" and model == "tiny" else source
 

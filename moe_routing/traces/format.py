@@ -111,7 +111,9 @@ SCORINGS = {
 # %% ../../nbs/49_traces.format.ipynb #ba3d9e7b
 @dataclass
 class LinearGate:
-    "A gate as stored numbers: call it with hidden states (N, H), get the scores (N, E) float32 that the model ranks by."
+    """A gate as stored numbers.
+
+    Call it with hidden states (N, H), get the scores (N, E) float32 that the model ranks by."""
 
     weight: Tensor  # (E, H)
     bias: Tensor | None = None  # (E,) of the linear map
@@ -137,7 +139,9 @@ class LinearGate:
         hidden: Tensor,  # (N, H)
         experts: Tensor,  # (N, K) int64, what the model chose
     ) -> tuple[Tensor, Tensor]:  # (N,) bool each
-        "Does the gate choose the model's own experts, and is the choice a tie: k-th and next score equal within rounding?"
+        """Does the gate choose the model's own experts, and is the choice a tie.
+
+        K-th and next score equal within rounding?"""
         raw, K = self.raw(hidden), experts.shape[1]
         top, ids = self.rank(raw).topk(min(K + 1, raw.shape[1]), -1)
         same = (ids[:, :K].sort(-1).values == experts.sort(-1).values).all(-1)
@@ -163,7 +167,9 @@ def _read_head(folder: Path) -> dict:
 
 
 def _read_about(path: Path) -> dict:
-    "What a shard says of itself: the fingerprint of its model and its samples. One entry, because safetensors does not keep the order of several."
+    """What a shard says of itself: the fingerprint of its model and its samples.
+
+    One entry, because safetensors does not keep the order of several."""
     with safe_open(path, "pt") as f:
         about = f.metadata()
     return (
@@ -278,7 +284,9 @@ class Trace:
             yield sample
 
     def by_sample(self) -> Iterator[tuple[dict, list[Routing]]]:
-        "Every sample with its L Routings, in the order of recording. A sample never spans shards: they end where batches end."
+        """Every sample with its L Routings, in the order of recording.
+
+        A sample never spans shards: they end where batches end."""
         first = 0  # number of the shard's first sample
         for shard in self.head["shards"]:
             part, samples = (
@@ -317,7 +325,8 @@ def _split(
     for dataset, found in documents.items():
         if len(found) < 2:
             raise ValueError(
-                f"data set {dataset!r} has one document in {self.folder}: it cannot be split by document, collect more of it"
+                f"data set {dataset!r} has one document in {self.folder}: it cannot be split by document, collect "
+                "more of it"
             )
         order = sorted(found, key=lambda d: hashlib.sha256(f"{seed}\x1f{dataset}\x1f{d}".encode()).digest())
         held_out = min(max(round(share * len(order)), 1), len(order) - 1)
@@ -366,7 +375,9 @@ def _padded(items: list[_Item], axes: dict[str, list[int]], num_experts: int) ->
 
 # %% ../../nbs/49_traces.format.ipynb #c0f7ad27
 class Batches:
-    "Padded sequences of a trace, one dict a batch; `waited` is the time in seconds that the user was kept waiting, len() the number of batches."
+    """Padded sequences of a trace, one dict a batch.
+
+    `waited` is the time in seconds that the user was kept waiting, len() the number of batches."""
 
     def __init__(
         self,
@@ -555,7 +566,9 @@ def own_gate(
     trace: Trace,  # recorded with keep=("hidden",)
     samples: Iterable[int] | None = None,  # sample numbers; default all
 ) -> list[dict]:  # one row a kept layer: layer, tokens, ties, agreement
-    """The control of every prediction: how often the stored gate, given its own input, chooses the experts that were recorded; ties are counted apart.
+    """The control of every prediction.
+
+    How often the stored gate, given its own input, chooses the experts that were recorded; ties are counted apart.
     Exactly 100 on every layer, unless hidden states were stored in a narrower type than the gate computes in."""
     gates, kept = trace.gates(), trace.head["hidden_layers"]
     sums = torch.zeros(len(kept), 3, dtype=torch.int64)  # tokens, ties, agreements without a tie
@@ -613,7 +626,10 @@ def _export_seed(
     folder: str | Path,  # shards in the seed's layout go here
     shard: int = 500,  # traces a file
 ) -> list[Path]:  # the safetensors files
-    """Write the traces of seed 004: hidden_states (B, S, H), target_routing (B, S, E), target_top_k (B, S, K), mask (B, S), token_ids (B, S) of one layer of one batch each.
+    """Write the traces of seed 004.
+
+    Hidden_states (B, S, H), target_routing (B, S, E), target_top_k (B, S, K), mask (B, S), token_ids (B, S) of one
+    layer of one batch each.
     ValueError without hidden states or forward numbers, OSError when they do not fit."""
     in_range(shard, 1, 10**6, "shard")
     if "hidden" not in self.head["keep"] or "forwards" not in self.head:

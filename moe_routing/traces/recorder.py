@@ -61,7 +61,9 @@ def decoder_layers(
     model: nn.Module,
     layers: list[MoELayer],  # from `moe_layers(model)`
 ) -> list[str]:  # path of each one's decoder layer
-    "The decoder layer around each MoE layer: the nearest module at or above it that sits in a ModuleList. ValueError where there is none."
+    """The decoder layer around each MoE layer: the nearest module at or above it that sits in a ModuleList.
+
+    ValueError where there is none."""
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     found = []
     for layer in layers:
@@ -80,7 +82,8 @@ def _entering(name: str, args: tuple, kwargs: dict) -> Tensor:
     if isinstance(given, Tensor) and given.is_floating_point():
         return given
     raise ValueError(
-        f"{name} gets its hidden states neither as its first argument nor as hidden_states (arguments: {len(args)} by position, "
+        f"{name} gets its hidden states neither as its first argument nor as hidden_states (arguments: {len(args)} "
+        "by position, "
         f"{', '.join(kwargs) or 'none'} by name): leave 'pre_attention' out of keep"
     )
 
@@ -193,7 +196,8 @@ class Recorder:
             different = [k for k in head if json.loads(json.dumps(head[k])) != old.get(k)]
             if different:
                 raise ValueError(
-                    f"{self.folder} holds a trace of something else ({', '.join(different)} differ): choose another folder or delete this one"
+                    f"{self.folder} holds a trace of something else ({', '.join(different)} differ): choose another "
+                    "folder or delete this one"
                 )
         self.head = (
             {"forwards": 0, **old}
@@ -227,7 +231,9 @@ class Recorder:
         datasets: list[str] | None = None,
         documents: list | None = None,
     ) -> None:
-        "The next forward holds these samples, one a row of the batch, of these data sets and documents. Give `eos_token_id` before generating."
+        """The next forward holds these samples, one a row of the batch, of these data sets and documents.
+
+        Give `eos_token_id` before generating."""
         first = self.head["samples"] + len(self.samples)
         self.current = torch.arange(first, first + len(sample_ids))
         datasets = datasets or [self.head["dataset"].get("name")] * len(sample_ids)
@@ -271,7 +277,9 @@ class Recorder:
 # %% ../../nbs/50_traces.recorder.ipynb #cbb94365
 @contextmanager
 def _listen(self: Recorder) -> Iterator["Recorder"]:
-    "Hear what enters the decoder layers while the block lasts; `record` does this, who calls `route` alone needs it where keep has 'pre_attention'."
+    """Hear what enters the decoder layers while the block lasts.
+
+    `record` does this, who calls `route` alone needs it where keep has 'pre_attention'."""
     handles = []
 
     def enter(name, module, args, kwargs):
@@ -337,7 +345,8 @@ def _begin_forward(self, context: Context) -> None:
         context.require(name, "recording")
     if (held := int(context.sequence.max()) + 1) > len(self.current):
         raise ValueError(
-            f"a forward holds {held} sequences, but start() named {len(self.current)}: beams and num_return_sequences cannot be recorded, repeat the prompts in the batch instead"
+            f"a forward holds {held} sequences, but start() named {len(self.current)}: beams and "
+            "num_return_sequences cannot be recorded, repeat the prompts in the batch instead"
         )
     valid = _valid_rows(self, context)
     self.kept, self.all_kept, self.wide = valid.nonzero()[:, 0], bool(valid.all()), {}
@@ -362,7 +371,8 @@ def _keep_hidden(self, layer: int, hidden: Tensor) -> None:
         given["pre_attention"] = self.entered[name].reshape(-1, self.entered[name].shape[-1])
         if len(given["pre_attention"]) != len(hidden):
             raise ValueError(
-                f"{name} was entered with {len(given['pre_attention'])} rows, its gate has {len(hidden)}: leave 'pre_attention' out of keep"
+                f"{name} was entered with {len(given['pre_attention'])} rows, its gate has {len(hidden)}: leave "
+                "'pre_attention' out of keep"
             )
     for column in set(WIDE) & set(self.keep):
         x = given[column]
@@ -385,7 +395,8 @@ def _refuse_broken(sums: Tensor) -> None:
     if not sums.isfinite().all():
         layer, token = (~sums.isfinite()).T.nonzero()[0].tolist()  # the first layer is nearest to the cause
         raise ValueError(
-            f"gate logits are NaN or infinite, first in token {token} of the batch, layer {layer}: look for an overflow in the layers before it "
+            f"gate logits are NaN or infinite, first in token {token} of the batch, layer {layer}: look for an "
+            "overflow in the layers before it "
             "(half precision?) or a damaged checkpoint; shards that were written are kept"
         )
 
@@ -401,8 +412,10 @@ def _refuse_broken_hidden(self, column: str, x: Tensor) -> None:
         else ""
     )
     raise ValueError(
-        f"{column} states are NaN or infinite, first in token {token} of the batch, layer {self.hidden_layers[slot]}: {narrow}look for an overflow in the layers before it "
-        "(half precision?) or a damaged checkpoint; shards that were written are kept, leave the text out and start again"
+        f"{column} states are NaN or infinite, first in token {token} of the batch, layer "
+        f"{self.hidden_layers[slot]}: {narrow}look for an overflow in the layers before it "
+        "(half precision?) or a damaged checkpoint; shards that were written are kept, leave the text out and start "
+        "again"
     )
 
 
@@ -413,7 +426,8 @@ def _check(self, context: Context, routing: Routing) -> None:
     counts = routing.counts if context.valid is None else routing.counts[context.valid]
     if self.own and len(counts) and (counts != self.k).any():
         raise ValueError(
-            f"wrong k: the model's own router used {counts.min()}..{counts.max()} experts, its configuration says {self.k}"
+            f"wrong k: the model's own router used {counts.min()}..{counts.max()} experts, its configuration says "
+            f"{self.k}"
         )
     self.checked = True
 
@@ -489,7 +503,9 @@ def _memory() -> dict:
 
 # %% ../../nbs/50_traces.recorder.ipynb #c41028f8
 def _shard_columns(self) -> dict[str, Tensor]:
-    "The columns of the rows at hand; what is put together is let go, so that the largest column is in memory twice and the rest once."
+    """The columns of the rows at hand.
+
+    What is put together is let go, so that the largest column is in memory twice and the rest once."""
     K = max((r["experts"].shape[-1] for r in self.rows), default=1)
     pad = lambda x, fill: (
         x if x.shape[-1] == K else torch.cat([x, x.new_full((*x.shape[:-1], K - x.shape[-1]), fill)], -1)
@@ -506,7 +522,9 @@ def _shard_columns(self) -> dict[str, Tensor]:
 
 # %% ../../nbs/50_traces.recorder.ipynb #47f3f4b8
 def _write_shard(self) -> None:
-    "One shard under a temporary name, then its rename, then the new trace.json: a kill in between loses only this shard."
+    """One shard under a temporary name, then its rename, then the new trace.json.
+
+    A kill in between loses only this shard."""
     columns = self._shard_columns()
     for name in set(WIDE) & set(columns):
         self.head |= {
@@ -578,7 +596,9 @@ def batch_losses(
 def _one_batch(
     recorder: Recorder, model, batch: dict, ids: Tensor, mask: Tensor, generate: dict | None = None, losses: bool = True
 ) -> None:
-    "Run one batch and let the recorder hear it. `batch` has names, texts and, where known, data sets and documents of the samples."
+    """Run one batch and let the recorder hear it.
+
+    `batch` has names, texts and, where known, data sets and documents of the samples."""
     recorder.start(
         batch["sample"],
         batch["texts"],
@@ -613,7 +633,9 @@ def record(
     losses: bool = True,  # compute each sample's loss
     **options,  # of Recorder: hidden_layers, hidden_dtype, dataset, shard_tokens
 ) -> "Trace":
-    "Run batches through a model and record every decision. Samples that a finished shard already holds are not run again."
+    """Run batches through a model and record every decision.
+
+    Samples that a finished shard already holds are not run again."""
     recorder = Recorder(folder, model, rule, keep, **options)
     done, seen = recorder.head["samples"], 0
     if model.training:
@@ -647,5 +669,6 @@ def check_aux_loss(model) -> None:
     coefficient = getattr(config, "router_aux_loss_coef", 0) or 0
     if model.training and coefficient and not getattr(config, "output_router_logits", False):
         raise ValueError(
-            f"router_aux_loss_coef = {coefficient} has no effect because output_router_logits is False: set it to True, or the coefficient to 0"
+            f"router_aux_loss_coef = {coefficient} has no effect because output_router_logits is False: set it to "
+            "True, or the coefficient to 0"
         )

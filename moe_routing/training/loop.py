@@ -76,7 +76,8 @@ def get_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as e:
             raise ValueError(
-                f"tokenizer {name!r} is not char, byte or bpe:SIZE, and transformers cannot load it ({str(e).splitlines()[0]})"
+                f"tokenizer {name!r} is not char, byte or bpe:SIZE, and transformers cannot load it "
+                f"({str(e).splitlines()[0]})"
             ) from e
         if tokenizer.eos_token_id is None:
             raise ValueError(f"tokenizer {name!r} has no end-of-text token: documents could not be told apart")
@@ -162,7 +163,8 @@ def training_text(
     for what, count in (("training", sum(sizes.values())), ("held-out", max(map(len, flat.values()), default=0))):
         if count < length:
             raise ValueError(
-                f"corpus {corpus!r} with tokenizer {tokenizer!r}: its {what} part has {count} tokens, fewer than one window of "
+                f"corpus {corpus!r} with tokenizer {tokenizer!r}: its {what} part has {count} tokens, fewer than one "
+                "window of "
                 f"length = {length}: take a longer text or a smaller length"
             )
     cut = {
@@ -292,14 +294,18 @@ def nominal_k(recipe: Recipe) -> float:
 
 # %% ../../nbs/43_training.loop.ipynb #20bdb4b3
 def expert_width(recipe: Recipe, k: float) -> int:
-    "Width of an expert: that of the reference, or what spends the reference's arithmetic, gate included, on the router and `k` experts; a multiple of 8, as grouped products need."
+    """Width of an expert.
+
+    That of the reference, or what spends the reference's arithmetic, gate included, on the router and `k` experts;
+    a multiple of 8, as grouped products need."""
     if recipe.match == "width":
         return recipe.intermediate
     more = _router_flops(recipe) - 2 * recipe.num_experts * recipe.hidden  # than the reference's linear gate
     exact = (recipe.intermediate * recipe.k - more / (6 * recipe.hidden)) / k
     if exact < 4:
         raise ValueError(
-            f"router {recipe.router!r} alone needs {more / (6 * recipe.hidden * recipe.intermediate * recipe.k):.1f} times the arithmetic of the reference's experts: "
+            f"router {recipe.router!r} alone needs {more / (6 * recipe.hidden * recipe.intermediate * recipe.k):.1f} "
+            "times the arithmetic of the reference's experts: "
             "nothing is left for its own; lower router_dim, raise intermediate, or compare at match='width'"
         )
     return 8 * max(1, round(exact / 8))
@@ -378,7 +384,9 @@ def _to_gate(gate: nn.Module, router: Router) -> None:
 
 
 def mount(model: OlmoeForCausalLM, routers: list[Router]) -> None:
-    "Make the routers part of an already patched model, in place of the gates' own weights: one state, one set of parameters."
+    """Make the routers part of an already patched model, in place of the gates' own weights.
+
+    One state, one set of parameters."""
     for i, (layer, router) in enumerate(zip(model.model.layers, routers)):
         layer.mlp.gate.weight = None
         if router in routers[:i]:
@@ -631,7 +639,8 @@ def load_trained(
         model = OlmoeForCausalLM.from_pretrained(folder)
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they do not belong together"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they do not "
+            "belong together"
         )
     tensors = load_file(folder / "routers.safetensors")
     routers = build_routers(recipe)
@@ -744,7 +753,9 @@ class _Steps:
         self.batches, self.halve, self.parts = batches, halve, recipe.accumulate
 
     def __call__(self, step: int) -> tuple[float, float]:
-        "Forward, backward, clip, step, steer; returns cross-entropy and auxiliary loss. Halves the micro-batch when memory runs out and that is allowed."
+        """Forward, backward, clip, step, steer; returns cross-entropy and auxiliary loss.
+
+        Halves the micro-batch when memory runs out and that is allowed."""
         from accelerate.utils.memory import should_reduce_batch_size
 
         rows = self.batches[step][self.accelerator.process_index :: self.accelerator.num_processes].to(
@@ -759,7 +770,8 @@ class _Steps:
                 self.optimizer.zero_grad(set_to_none=True)
                 if not self.halve or self.parts >= len(rows):
                     raise RuntimeError(
-                        f"out of memory at step {step} with micro-batches of {-(-len(rows) // self.parts)} x {rows.shape[1]} tokens: lower batch, length or hidden, raise accumulate, "
+                        f"out of memory at step {step} with micro-batches of {-(-len(rows) // self.parts)} x "
+                        f"{rows.shape[1]} tokens: lower batch, length or hidden, raise accumulate, "
                         "or allow halving the micro-batch with on_oom='halve'"
                     ) from e
                 self.parts *= 2

@@ -51,7 +51,8 @@ def _checked(row: dict, where: str) -> list[dict]:
     )
     if not good or not any(m["role"] == "assistant" for m in messages):
         raise ValueError(
-            f"{where}: messages must be a list of {{'role': text, 'content': text}} with at least one role 'assistant', got {str(messages)[:120]}"
+            f"{where}: messages must be a list of {{'role': text, 'content': text}} with at least one role "
+            f"'assistant', got {str(messages)[:120]}"
         )
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
@@ -117,7 +118,8 @@ def _chat_rows(name: str, source: str, settings):
         return _read_lines(path), str(path)
     if source == "local":
         raise FileNotFoundError(
-            f"chat data set {name!r}: no local copy; looked for {', '.join(map(str, places))}. Put it there, set data_dir in settings.ini, or use name 'embedded'"
+            f"chat data set {name!r}: no local copy; looked for {', '.join(map(str, places))}. Put it there, set "
+            "data_dir in settings.ini, or use name 'embedded'"
         )
     return _read_hub(data.hub, data.config, data.split, settings), f"{data.hub} on the hub"
 
@@ -148,7 +150,8 @@ def chat_renderer(tokenizer) -> Callable[[list[dict], bool], str]:  # f(messages
         if "first words" in text and "second words" in text:
             return render(parts)
     raise ValueError(
-        "the tokenizer's chat template does not render the content of messages, neither as text nor in parts: set tokenizer.chat_template, or None for a plain one"
+        "the tokenizer's chat template does not render the content of messages, neither as text nor in parts: set "
+        "tokenizer.chat_template, or None for a plain one"
     )
 
 # %% ../../nbs/46_training.sft.ipynb #cde113fa
@@ -168,7 +171,8 @@ def encode_chat(
         before, after = render(messages[:i], True), render(messages[: i + 1], False)
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(
-                "the chat template writes a conversation differently when it goes on, so the assistant's tokens cannot be told: use assistant_only=False, or set tokenizer.chat_template = None for a plain one"
+                "the chat template writes a conversation differently when it goes on, so the assistant's tokens "
+                "cannot be told: use assistant_only=False, or set tokenizer.chat_template = None for a plain one"
             )
         spans.append((len(before), len(after)))
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -404,7 +408,8 @@ def trainer_options(
             )
         if find_spec("deepspeed") is None:
             raise ValueError(
-                f"deepspeed = {recipe.deepspeed!r}: the package deepspeed is not installed; install it, or leave the parameter empty"
+                f"deepspeed = {recipe.deepspeed!r}: the package deepspeed is not installed; install it, or leave the "
+                "parameter empty"
             )
     from transformers import TrainingArguments
 
@@ -562,7 +567,9 @@ def sft(
     cpu: bool | None = None,  # None: as settings.ini says
     **recipe,  # fields of SFTRecipe
 ) -> SFTResult:
-    "Fine-tune a model and its router on conversations. ValueError on bad parameters, a foreign tokenizer or data without answers."
+    """Fine-tune a model and its router on conversations.
+
+    ValueError on bad parameters, a foreign tokenizer or data without answers."""
     for name in recipe:
         known(name, [f.name for f in fields(SFTRecipe)], "parameter of sft")
     recipe = SFTRecipe(**recipe)
