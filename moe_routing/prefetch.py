@@ -195,14 +195,12 @@ def _lowest(store: _Store, count: int, guard: int, forced: bool) -> list[int]:
     """The items to evict: neither pinned at or after `guard` nor held; held ones when forced and there are no others.
 
     May be fewer than `count`."""
-    items, rank, cached, pinned, held, heap = (
-        store.items,
-        store.rank,
-        store.cached,
-        store.pinned,
-        store.held,
-        store.heap,
-    )
+    items = store.items
+    rank = store.rank
+    cached = store.cached
+    pinned = store.pinned
+    held = store.held
+    heap = store.heap
     aside, found = [], []
     while heap and len(found) < count:
         k = heappop(heap)
@@ -305,14 +303,12 @@ def _serve(
     lag, overlap = -(-s.horizon // s.stride), s.horizon % s.stride == 0
     pending = deque(repeat([], lag - 1))
     guesses = None if s.guesses is None else chain(_rows(s.guesses[lag - 1 :]), repeat([]))
-    full, misses, waits, useful, collisions, clear = (
-        bool((s.needs < items).all()),
-        [0] * n,
-        [-1] * n,
-        0,
-        0,
-        s.clear.tolist(),
-    )
+    full = bool((s.needs < items).all())
+    misses = [0] * n
+    waits = [-1] * n
+    useful = 0
+    collisions = 0
+    clear = s.clear.tolist()
     for j, (need, ranks) in enumerate(zip(_rows(s.needs), _rows(s.ranks))):
         if clear[j]:
             store.clear()
@@ -485,11 +481,9 @@ def replay(
     generator: np.random.Generator | None = None,  # for policy "random"; default: seeded with 0
 ) -> Replay:
     "Replay a trace through an expert cache. ValueError names what is wrong with trace, predictions or parameters."
-    (
-        in_range(num_experts, 1, 2**31, "num_experts"),
-        known(policy, POLICIES, "cache policy"),
-        known(scope, ("layer", "global"), "cache scope"),
-    )
+    in_range(num_experts, 1, 2**31, "num_experts")
+    known(policy, POLICIES, "cache policy")
+    known(scope, ("layer", "global"), "cache scope")
     (x, s), E = _checked(experts, num_experts, sample), num_experts
     T, L, K = x.shape
     p = None if predicted is None else _guesses(predicted, x.shape, E)
@@ -497,11 +491,9 @@ def replay(
         raise ValueError(f"policy {policy!r} with prefetch = {prefetch} needs predicted, the ranked experts (T, L, M)")
     if policy == "none" and prefetch:
         raise ValueError(f"prefetch = {prefetch}, but policy 'none' has no cache to fetch into: choose another policy")
-    (
-        in_range(whole(capacity, "capacity"), 1, E if scope == "layer" else L * E, "capacity"),
-        in_range(whole(horizon, "horizon"), 1, T * L, "horizon"),
-        in_range(expert_bytes, 0, float("inf"), "expert_bytes", open_high=True),
-    )
+    in_range(whole(capacity, "capacity"), 1, E if scope == "layer" else L * E, "capacity")
+    in_range(whole(horizon, "horizon"), 1, T * L, "horizon")
+    in_range(expert_bytes, 0, float("inf"), "expert_bytes", open_high=True)
     in_range(
         whole(prefetch, "prefetch"),
         0,
@@ -525,13 +517,11 @@ def _replay(
     position = np.arange(T) - np.maximum.accumulate(np.where(begins, np.arange(T), 0))
     allowed = position[:, None] * L + np.arange(L) >= horizon  # (T, L) the prediction was made inside the sample
     offset = np.arange(L)[:, None] * E
-    demand, waits, speculative, useful, collisions = (
-        np.zeros((T, L), dtype=np.int64),
-        np.full((T, L), -1),
-        np.zeros(T * L, dtype=np.int64),
-        0,
-        0,
-    )
+    demand = np.zeros((T, L), dtype=np.int64)
+    waits = np.full((T, L), -1)
+    speculative = np.zeros(T * L, dtype=np.int64)
+    useful = 0
+    collisions = 0
     if policy == "none":
         demand = (x < E).sum(-1)
     rng = Random(int((generator or np.random.default_rng(0)).integers(2**62))) if policy == "random" else None
@@ -703,11 +693,9 @@ def _stalls(r: Replay, load_ms: float, compute_ms: float, known_ms: float = 0) -
 
 def _load_ms(r: Replay, bandwidth: float, compute_ms: float, latency_ms: float) -> float:
     "Milliseconds of one load; refuses what is not a link."
-    (
-        in_range(bandwidth, 0, float("inf"), "bandwidth (GB/s)", True),
-        in_range(compute_ms, 0, float("inf"), "compute_ms", True, True),
-        in_range(latency_ms, 0, float("inf"), "latency_ms", open_high=True),
-    )
+    in_range(bandwidth, 0, float("inf"), "bandwidth (GB/s)", True)
+    in_range(compute_ms, 0, float("inf"), "compute_ms", True, True)
+    in_range(latency_ms, 0, float("inf"), "latency_ms", open_high=True)
     return latency_ms + r.expert_bytes / bandwidth * 1e-6
 
 # %% ../nbs/52_prefetch.ipynb #c7da5024
@@ -842,10 +830,8 @@ def local_consistency(
     in_range(num_experts, 1, 2**31, "num_experts")
     (x, s), generator = _checked(experts, num_experts, sample), generator or np.random.default_rng(0)
     longest = int(np.bincount(s).max())
-    (
-        in_range(whole(segment, "segment"), 1, longest, "segment (at most the longest sample)"),
-        in_range(whole(capacity, "capacity"), 1, num_experts, "capacity"),
-    )
+    in_range(whole(segment, "segment"), 1, longest, "segment (at most the longest sample)")
+    in_range(whole(capacity, "capacity"), 1, num_experts, "capacity")
     rows = []
     for layer in range(x.shape[1]):
         own = x[:, layer]

@@ -77,10 +77,8 @@ def tiny_dense(
 # %% ../../nbs/44_models.upcycling.ipynb #7e94a0f1
 def _train_dense(model: nn.Module, batches: Tensor, recipe: TinyRecipe) -> None:
     "AdamW on next-token loss, one thread."
-    optimizer, threads = (
-        torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0),
-        torch.get_num_threads(),
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for i, tokens in enumerate(batches):
@@ -107,10 +105,8 @@ class UpcycledExperts(nn.Module):
         self.gate_up_proj = stack(mlp.gate_proj.weight, mlp.up_proj.weight)  # (E, 2 I, H)
         self.down_proj = stack(mlp.down_proj.weight)  # (E, H, I)
         if mlp.gate_proj.bias is not None:
-            self.gate_up_proj_bias, self.down_proj_bias = (
-                stack(mlp.gate_proj.bias, mlp.up_proj.bias),
-                stack(mlp.down_proj.bias),
-            )
+            self.gate_up_proj_bias = stack(mlp.gate_proj.bias, mlp.up_proj.bias)
+            self.down_proj_bias = stack(mlp.down_proj.bias)
 
     def forward(
         self,
@@ -155,9 +151,9 @@ class UpcycledMLP(nn.Module):
     def __init__(self, config, mlp: nn.Module, num_experts: int, k: int, shared_expert: bool, combine: str, seed: int):
         super().__init__()
         weight = mlp.down_proj.weight
-        self.combine, self.gate = (
-            combine,
-            UpcycledGate(len(weight), num_experts, k, getattr(config, "initializer_range", 0.02), seed).to(weight),
+        self.combine = combine
+        self.gate = UpcycledGate(len(weight), num_experts, k, getattr(config, "initializer_range", 0.02), seed).to(
+            weight
         )
         self.experts = UpcycledExperts(config, mlp, num_experts)
         self.experts.has_bias = mlp.down_proj.bias is not None  # the decorator's answer is for all instances
@@ -253,11 +249,9 @@ def upcycle(
     """Make each dense MLP a mixture of copies of itself.
 
     ValueError, with the model untouched, if a layer has another form."""
-    (
-        known(combine, COMBINE, "way to combine"),
-        in_range(num_experts, 2, float("inf"), "num_experts"),
-        in_range(k, 1, num_experts, "k"),
-    )
+    known(combine, COMBINE, "way to combine")
+    in_range(num_experts, 2, float("inf"), "num_experts")
+    in_range(k, 1, num_experts, "k")
     if combine != "mean" and not shared_expert:
         raise ValueError(f"combine={combine!r} needs a shared expert: leave shared_expert=True, or use combine='mean'")
     config = model.config
@@ -454,13 +448,13 @@ def save_upcycled(
             "a router is kept with the arguments it was made by: save_upcycled(..., router=router, made_by={'name': "
             "'softk', 'k': 2})"
         )
-    folder, routers = (
-        Path(folder),
+    folder = Path(folder)
+    routers = (
         []
         if router is None
         else [router]
         if isinstance(router, nn.Module) and not isinstance(router, nn.ModuleList)
-        else list(router),
+        else list(router)
     )
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(model.config.to_json_string(use_diff=False))

@@ -218,10 +218,8 @@ def _replay_any(layer: _Layer, args: tuple, kwargs: dict, experts: Tensor) -> Te
     sizes = counts.unique().tolist()
     if sizes == [experts.shape[1]]:
         return _rows(_replay(layer.forward, info, args, kwargs, experts)[info.places[1]])
-    order, out = (
-        (~used).long().argsort(dim=-1, stable=True),
-        torch.zeros(experts.shape, dtype=info.dtype, device=experts.device),
-    )
+    order = (~used).long().argsort(dim=-1, stable=True)
+    out = torch.zeros(experts.shape, dtype=info.dtype, device=experts.device)
     for size in sizes:
         if size == 0:
             continue
@@ -331,10 +329,8 @@ def _begin(self: Patch, module: nn.Module, args: tuple, kwargs: dict):
         )
     call = signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
     self.facts, self.state = _row_facts({**call, **call.get("kwargs", {})}), None
-    self.forwards, self.pending = (
-        self.forwards + 1,
-        self.pending + 1 if checkpointing and torch.is_grad_enabled() else 0,
-    )
+    self.forwards = self.forwards + 1
+    self.pending = self.pending + 1 if checkpointing and torch.is_grad_enabled() else 0
 
 
 @_method(Patch)

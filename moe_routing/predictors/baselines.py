@@ -147,11 +147,9 @@ def _update(
     self._add("exact", found.gather(-1, (count.clamp(max=self.widest) - 1).unsqueeze(-1))[..., 0] == count, document)
     for m in self.sizes:
         at = found[..., m - 1]
-        (
-            self._add(f"recall@{m}", at / count, document),
-            self._add(f"all@{m}", at == count, document),
-            self._add(f"any@{m}", at > 0, document),
-        )
+        self._add(f"recall@{m}", at / count, document)
+        self._add(f"all@{m}", at == count, document)
+        self._add(f"any@{m}", at > 0, document)
     guess = torch.zeros_like(target).scatter_(-1, ranked[..., : self.k], True)
     wrong = (guess & ~target).double()
     share = wrong / wrong.sum(-1, keepdim=True).clamp(min=1)
@@ -316,10 +314,8 @@ class Table(Predictor):
                 self.rows[key] = len(self.rows)
         if len(self.rows) > len(self.seen):
             more = max(1024, len(self.rows)) if len(self.rows) * 2 <= self.most else self.most - len(self.seen)
-            self.used, self.seen = (
-                torch.cat([self.used, torch.zeros(more, self.L, self.E)]),
-                torch.cat([self.seen, torch.zeros(more)]),
-            )
+            self.used = torch.cat([self.used, torch.zeros(more, self.L, self.E)])
+            self.seen = torch.cat([self.seen, torch.zeros(more)])
         row = torch.tensor([self.rows.get(key, -1) for key in keys.tolist()])[at]
         kept = row >= 0
         self.used.index_add_(0, row[kept], targets(batch, self.E)[batch["valid"]][kept].float())

@@ -154,12 +154,10 @@ def _confused(self, name: str, most: int = 5) -> list[dict]:
     return rows
 
 
-Evaluation.table, Evaluation.by_layer, Evaluation.coverage, Evaluation.confused = (
-    _table,
-    _by_layer,
-    _coverage,
-    _confused,
-)
+Evaluation.table = _table
+Evaluation.by_layer = _by_layer
+Evaluation.coverage = _coverage
+Evaluation.confused = _confused
 
 # %% ../../nbs/57_predictors.evaluate.ipynb #c05d89a9
 def evaluate_predictors(

@@ -40,10 +40,8 @@ class Standardise(nn.Module):
 
     def __init__(self, num_layers: int, hidden_size: int):
         super().__init__()
-        (
-            self.register_buffer("centre", torch.zeros(num_layers, hidden_size)),
-            self.register_buffer("scale", torch.ones(num_layers, hidden_size)),
-        )
+        self.register_buffer("centre", torch.zeros(num_layers, hidden_size))
+        self.register_buffer("scale", torch.ones(num_layers, hidden_size))
 
     def fit(self, x: Tensor) -> None:  # (N, L, H)
         "Take centre and scale from examples; a feature that never moves keeps the scale 1."
@@ -143,11 +141,9 @@ class LowRank(Learned):
         super().__init__(horizon, trace)
         rank = in_range(min(64, self.H) if rank is None else rank, 1, self.H, "rank")
         self.loss_name = "ranking"
-        self.standard, self.down, self.up = (
-            Standardise(self.L, self.H),
-            ByLayer(self.L, self.H, rank, bias=False),
-            ByLayer(self.L, rank, self.E),
-        )
+        self.standard = Standardise(self.L, self.H)
+        self.down = ByLayer(self.L, self.H, rank, bias=False)
+        self.up = ByLayer(self.L, rank, self.E)
 
     def forward(self, batch):
         return self.up(self.down(self.standard(look(batch, self.horizon))))
@@ -207,15 +203,11 @@ class History(MLPGuess):
         if recurrent:
             self.cell = nn.GRU(memory, memory, batch_first=True)
         else:
-            self.norm, self.qkv, self.out = (
-                nn.LayerNorm(memory),
-                nn.Linear(memory, 3 * memory),
-                nn.Linear(memory, memory),
-            )
-        self.last, self.head = (
-            nn.LayerNorm(memory),
-            nn.Sequential(ByLayer(self.L, memory, width), nn.GELU(), ByLayer(self.L, width, self.E, zero=True)),
-        )
+            self.norm = nn.LayerNorm(memory)
+            self.qkv = nn.Linear(memory, 3 * memory)
+            self.out = nn.Linear(memory, memory)
+        self.last = nn.LayerNorm(memory)
+        self.head = nn.Sequential(ByLayer(self.L, memory, width), nn.GELU(), ByLayer(self.L, width, self.E, zero=True))
 
     def columns(self):
         return tuple(dict.fromkeys((*super().columns(), "hidden")))
@@ -256,7 +248,8 @@ class SeedSimple(Learned):
         self.net = nn.Sequential(nn.Linear(self.H, width), *block(), *block(), nn.Linear(width, self.E))
         for m in self.net:
             if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
 
     def forward(self, batch):
         return self.net(look(batch, self.horizon))
@@ -285,10 +278,8 @@ class SeedHybrid(Learned):
         self.features, self.now = nn.Sequential(*block(self.H, width), *block(width, width)), head(nn.Dropout(0.1))
         self.positions = nn.Parameter(torch.randn(1000, width) * 0.02)
         layer = nn.TransformerEncoderLayer(width, 8, 2 * width, 0.1, batch_first=True)
-        self.temporal, self.later = (
-            nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
-            nn.ModuleList(head() for _ in range(self.steps)),
-        )
+        self.temporal = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.later = nn.ModuleList(head() for _ in range(self.steps))
 
     def both(self, batch) -> tuple[Tensor, list[Tensor]]:
         "Scores (B, S, L, E) for now, and for 1 to 4 tokens later, at the position that makes the guess."
@@ -463,11 +454,9 @@ class Recipe:
     def __post_init__(self):
         for n, low in (("lr", 0), ("batch", 1), ("epochs", 1), ("group", 1), ("clip", 0)):
             in_range(getattr(self, n), low, 10**6, n, open_low=low == 0)
-        (
-            in_range(self.weight_decay, 0, 1, "weight_decay"),
-            known(self.schedule, ("step", "epoch"), "schedule"),
-            known(self.on_nan, ("error", "skip"), "on_nan"),
-        )
+        in_range(self.weight_decay, 0, 1, "weight_decay")
+        known(self.schedule, ("step", "epoch"), "schedule")
+        known(self.on_nan, ("error", "skip"), "on_nan")
         if self.loss:
             known(self.loss, LOSSES, "loss")
         if self.length is not None:

@@ -289,10 +289,8 @@ class Trace:
         A sample never spans shards: they end where batches end."""
         first = 0  # number of the shard's first sample
         for shard in self.head["shards"]:
-            part, samples = (
-                Trace(self.folder, {**self.head, "shards": [shard]}, self.skip_damaged, self.damaged, self.whole),
-                [],
-            )
+            part = Trace(self.folder, {**self.head, "shards": [shard]}, self.skip_damaged, self.damaged, self.whole)
+            samples = []
             for block, columns in zip(part, part.columns(("sample",))):
                 samples, order = list(part.samples()), columns["sample"].argsort(stable=True)
                 sizes = torch.bincount(columns["sample"].long() - first, minlength=len(samples)).tolist()
@@ -392,15 +390,13 @@ class Batches:
         ahead: bool,
     ):
         head = trace.head
-        self.trace, self.names, self.batch, self.samples, self.length, self.group, self.ahead = (
-            trace,
-            columns,
-            batch,
-            samples,
-            length,
-            group,
-            ahead,
-        )
+        self.trace = trace
+        self.names = columns
+        self.batch = batch
+        self.samples = samples
+        self.length = length
+        self.group = group
+        self.ahead = ahead
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.axes = {
             n: head["hidden_layers"] if n in WIDE else list(range(trace.num_layers))
@@ -442,11 +438,10 @@ class Batches:
 # %% ../../nbs/49_traces.format.ipynb #c3632d9f
 def _read_items(self: Batches, shards: list[tuple[dict, int]]) -> list[_Item]:
     "The items of some shards."
-    wanted, items = (
-        {*self.names, "sample"}
-        | ({"experts", "weights", "offsets"} if {"experts", "weights"} & set(self.names) else set()),
-        [],
+    wanted = {*self.names, "sample"} | (
+        {"experts", "weights", "offsets"} if {"experts", "weights"} & set(self.names) else set()
     )
+    items = []
     for shard, first in shards:
         with safe_open(self.trace.folder / shard["file"], "pt") as f:
             columns = {k: f.get_tensor(k) for k in f.keys() if k in wanted}
@@ -636,10 +631,8 @@ def _export_seed(
         raise ValueError(f"{self.folder} cannot be exported: record it again with keep=('hidden',)")
     longest, size, folder = {}, {}, Path(folder)
     for _, s in self.numbered():
-        longest[s["forward"]], size[s["forward"]] = (
-            max(longest.get(s["forward"], 0), s["tokens"]),
-            size.get(s["forward"], 0) + 1,
-        )
+        longest[s["forward"]] = max(longest.get(s["forward"], 0), s["tokens"])
+        size[s["forward"]] = size.get(s["forward"], 0) + 1
     row = (
         self.head["hidden_size"] * getattr(torch, self.head["hidden_dtype"]).itemsize
         + 4 * self.num_experts

@@ -102,12 +102,10 @@ def _prove_gate(
 ) -> LinearGate | str:
     "The gate whose numbers choose `experts` (T, K) from `hidden` (T, H), or the reason why there is none."
     cpu = lambda x: x.detach().cpu()
-    weights, hidden, logits, experts = (
-        [cpu(w) for w in weights if w.shape[1] == hidden.shape[1]],
-        cpu(hidden),
-        cpu(logits),
-        cpu(experts).long(),
-    )
+    weights = [cpu(w) for w in weights if w.shape[1] == hidden.shape[1]]
+    hidden = cpu(hidden)
+    logits = cpu(logits)
+    experts = cpu(experts).long()
     if len(weights) != 1:
         return f"it has {len(weights)} weights of shape (E, H) instead of one"
     vectors = [
@@ -153,7 +151,8 @@ class Recorder:
         import transformers
 
         self.folder, self.keep = Path(folder), tuple(known(k, KEEP, "column to keep") for k in keep)
-        in_range(shard_tokens, 1, 10**8, "shard_tokens"), in_range(shard_forwards or 1, 1, 10**8, "shard_forwards")
+        in_range(shard_tokens, 1, 10**8, "shard_tokens")
+        in_range(shard_forwards or 1, 1, 10**8, "shard_forwards")
         layers = layers or moe_layers(model)
         self.num_layers, self.num_experts, self.k = len(layers), layers[0].num_experts, layers[0].k
         self.own, self.shard_tokens, self.shard_forwards = rule is None, shard_tokens, shard_forwards
@@ -249,10 +248,8 @@ class Recorder:
             }
             for i, t, d, doc in zip(sample_ids, texts, datasets, documents or sample_ids, strict=True)
         ]
-        self.eos, self.ended = (
-            None if eos_token_id is None else torch.as_tensor(eos_token_id),
-            torch.zeros(len(sample_ids), dtype=torch.bool),
-        )
+        self.eos = None if eos_token_id is None else torch.as_tensor(eos_token_id)
+        self.ended = torch.zeros(len(sample_ids), dtype=torch.bool)
 
     def end(self, losses: list[float] | None = None) -> None:
         "The samples of `start` are through; their losses in nats a token."
@@ -568,12 +565,10 @@ def _write_shard(self) -> None:
     self.samples, self.rows, self.count, self.held = [], [], 0, 0
 
 # %% ../../nbs/50_traces.recorder.ipynb #f7117fdb
-Recorder._finish_forward, Recorder._write_shard, Recorder._write_gates, Recorder._shard_columns = (
-    _finish_forward,
-    _write_shard,
-    _write_gates,
-    _shard_columns,
-)
+Recorder._finish_forward = _finish_forward
+Recorder._write_shard = _write_shard
+Recorder._write_gates = _write_gates
+Recorder._shard_columns = _shard_columns
 
 # %% ../../nbs/50_traces.recorder.ipynb #cf1e0a38
 def batch_losses(

@@ -138,11 +138,9 @@ def training_text(
     limit: int | None = 20_000,  # documents read from the corpus
 ) -> TrainingText:
     "Load, cut and tokenize a corpus. Raises ValueError when it is too short for one window of each part."
-    (
-        in_range(length, 2, float("inf"), "length"),
-        in_range(windows, 1, float("inf"), "windows"),
-        in_range(characters, 1, float("inf"), "characters"),
-    )
+    in_range(length, 2, float("inf"), "length")
+    in_range(windows, 1, float("inf"), "windows")
+    in_range(characters, 1, float("inf"), "characters")
     train, held = _parts(corpus, source, limit)
     kept, room = [], characters
     for i in torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist():
@@ -244,15 +242,11 @@ class Recipe:
             in_range(self.capacity_factor, 0, float("inf"), "capacity_factor", open_low=True)
         if self.batch % self.accumulate:
             raise ValueError(f"batch = {self.batch} cannot be cut into accumulate = {self.accumulate} equal parts")
-        (
-            known(self.match, ("compute", "width"), "match"),
-            known(self.mixed_precision, ("no", "bf16", "fp16"), "mixed_precision"),
-        )
+        known(self.match, ("compute", "width"), "match")
+        known(self.mixed_precision, ("no", "bf16", "fp16"), "mixed_precision")
         known(self.experts, ("ragged", "grouped_mm", "eager", "batched_mm"), "experts implementation")
-        (
-            in_range(self.lr, 0, float("inf"), "lr", open_low=True),
-            in_range(self.clip, 0, float("inf"), "clip", open_low=True),
-        )
+        in_range(self.lr, 0, float("inf"), "lr", open_low=True)
+        in_range(self.clip, 0, float("inf"), "clip", open_low=True)
 
 # %% ../../nbs/43_training.loop.ipynb #c83b679c
 def build_router(recipe: Recipe) -> Router:
@@ -741,15 +735,13 @@ class _Steps:
     "The state of a running training, and one step of it."
 
     def __init__(self, recipe: Recipe, accelerator, model, bare, optimizer, patch, meter, batches: Tensor, halve: bool):
-        self.recipe, self.accelerator, self.model, self.bare, self.optimizer, self.patch, self.meter = (
-            recipe,
-            accelerator,
-            model,
-            bare,
-            optimizer,
-            patch,
-            meter,
-        )
+        self.recipe = recipe
+        self.accelerator = accelerator
+        self.model = model
+        self.bare = bare
+        self.optimizer = optimizer
+        self.patch = patch
+        self.meter = meter
         self.batches, self.halve, self.parts = batches, halve, recipe.accumulate
 
     def __call__(self, step: int) -> tuple[float, float]:
@@ -779,11 +771,9 @@ class _Steps:
                     router.forget()
 
     def _try(self, step: int, rows: Tensor) -> tuple[float, float]:
-        share, parts, sums = (
-            learning_rate_share(step, self.recipe),
-            rows.tensor_split(self.parts),
-            torch.zeros(2, device=rows.device),
-        )
+        share = learning_rate_share(step, self.recipe)
+        parts = rows.tensor_split(self.parts)
+        sums = torch.zeros(2, device=rows.device)
         self.meter.losses = []
         for i, part in enumerate(parts):
             self.patch.forwards = (
@@ -877,11 +867,9 @@ def train(
     cpu: bool | None = None,  # None: as settings.ini says
 ) -> Trained:
     "Train a recipe on a text; goes on from `folder` when a checkpoint of the same recipe lies there."
-    (
-        known(on_oom, ("raise", "halve"), "value of on_oom"),
-        in_range(eval_every, 1, float("inf"), "eval_every"),
-        in_range(save_every, 1, float("inf"), "save_every"),
-    )
+    known(on_oom, ("raise", "halve"), "value of on_oom")
+    in_range(eval_every, 1, float("inf"), "eval_every")
+    in_range(save_every, 1, float("inf"), "save_every")
     marks = {max(1, round(in_range(share, 0, 1, "eval_at", open_low=True) * recipe.steps)): share for share in eval_at}
     folder = Path(folder) if folder else None
     if folder:
@@ -1015,15 +1003,13 @@ def _loop(
         spent += time.perf_counter() - start
         done = step + 1
         if done % eval_every == 0 or done == recipe.steps or done in marks:
-            stats, run = (
-                meter.take(),
-                lambda: evaluate(
-                    accelerator.unwrap_model(steps.model),
-                    steps.patch,
-                    meter,
-                    text.windows,
-                    recipe.batch // accelerator.num_processes,
-                ),
+            stats = meter.take()
+            run = lambda: evaluate(
+                accelerator.unwrap_model(steps.model),
+                steps.patch,
+                meter,
+                text.windows,
+                recipe.batch // accelerator.num_processes,
             )
             if done in marks:
                 (nll, _), rows = meter.metrics(run)

@@ -41,10 +41,8 @@ def undisturbed(modules: Iterable[nn.Module]):  # models and routers
             m.training = mode
 
 
-_OF_PATCH, _OF_LAYER = (
-    ("observe", "forwards", "facts", "depth", "state", "pending"),
-    ("handed", "saved_state", "totals", "received", "lost", "decisions"),
-)
+_OF_PATCH = ("observe", "forwards", "facts", "depth", "state", "pending")
+_OF_LAYER = ("handed", "saved_state", "totals", "received", "lost", "decisions")
 
 
 @contextmanager
@@ -215,14 +213,12 @@ class RoutingMonitor(TrainerCallback):
             in_range(share, 0, 1, "share of training")
         if wandb and find_spec("wandb") is None:
             raise ImportError("wandb=True, but the package is not installed: pip install wandb, or leave wandb=False")
-        self.routing, self.batches, self.every, self.shares, self.as_trained, self.wandb = (
-            routing,
-            list(batches),
-            every,
-            tuple(shares),
-            as_trained,
-            wandb,
-        )
+        self.routing = routing
+        self.batches = list(batches)
+        self.every = every
+        self.shares = tuple(shares)
+        self.as_trained = as_trained
+        self.wandb = wandb
         if not self.batches:
             raise ValueError("the monitor has no held-out batch: give at least one")
         self.folder, self.parameters = None if folder is None else Path(folder), dict(parameters or {})
@@ -244,10 +240,8 @@ class RoutingMonitor(TrainerCallback):
         if self.folder:
             self._resume(state.global_step)
         else:
-            self.rows, self.previous = (
-                [r for r in self.rows if r["step"] <= state.global_step > 0],
-                self.previous if state.global_step else None,
-            )
+            self.rows = [r for r in self.rows if r["step"] <= state.global_step > 0]
+            self.previous = self.previous if state.global_step else None
         if self.wandb and self.main:
             self._wandb_begin(args)
         self._look(args, state, model)

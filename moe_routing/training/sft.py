@@ -91,7 +91,8 @@ def load_chat(
     settings=None,  # of `load_settings`; read when not given
 ) -> list[dict]:  # records with messages, domain
     "Conversations. ValueError or FileNotFoundError that names what is missing and the way out."
-    known(part, ("train", "held"), "part"), known(source, ("auto", "local", "hub"), "source")
+    known(part, ("train", "held"), "part")
+    known(source, ("auto", "local", "hub"), "source")
     settings = settings or load_settings()
     if name == "embedded":
         return _first(_embedded_chats(part, settings), max_samples, seed, name)
@@ -384,11 +385,9 @@ class SFTRecipe:
             "save_every",
         ):
             in_range(getattr(self, name), 0, float("inf"), name)
-        (
-            in_range(self.warmup, 0, 1, "warmup", open_high=True),
-            in_range(self.max_grad_norm, 0, float("inf"), "max_grad_norm", open_low=True),
-            in_range(self.max_seq_length, 2, float("inf"), "max_seq_length"),
-        )
+        in_range(self.warmup, 0, 1, "warmup", open_high=True)
+        in_range(self.max_grad_norm, 0, float("inf"), "max_grad_norm", open_low=True)
+        in_range(self.max_seq_length, 2, float("inf"), "max_seq_length")
         if not self.steps:
             in_range(self.epochs, 0, float("inf"), "epochs", open_low=True)
         known(self.experts, ("ragged", "keep"), "value of experts")
@@ -471,10 +470,8 @@ def _trainer_class():
             return self.optimizer
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            world, step = (
-                self.args.world_size,
-                self.state.global_step * self.args.gradient_accumulation_steps + self.micro,
-            )
+            world = self.args.world_size
+            step = self.state.global_step * self.args.gradient_accumulation_steps + self.micro
             self.watch.parts, self.patch.forwards, self.micro = (
                 [],
                 step * world + self.args.process_index,
@@ -606,18 +603,16 @@ def _run(
     from transformers import PrinterCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    routers, trainer = (
-        watch.routers,
-        _trainer_class()(
-            model=model,
-            args=TrainingArguments(**options),
-            train_dataset=rows,
-            data_collator=collate,
-            callbacks=list(callbacks),
-            watch=watch,
-            patch=patch,
-            recipe=recipe,
-        ),
+    routers = watch.routers
+    trainer = _trainer_class()(
+        model=model,
+        args=TrainingArguments(**options),
+        train_dataset=rows,
+        data_collator=collate,
+        callbacks=list(callbacks),
+        watch=watch,
+        patch=patch,
+        recipe=recipe,
     )
     trainer.remove_callback(PrinterCallback)
     evaluations = []
