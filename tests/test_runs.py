@@ -184,7 +184,7 @@ def test_what_makes_a_result_stale(lab):
 
 
 def test_a_result_belongs_to_its_model(lab):
-    "Two fingerprints of one model may not stand in one table; a run on another tiny model than the shipped one is stale."
+    "Two fingerprints of one model may not stand in one table; a run on another tiny model than ours is stale."
     folder = lab / "papermill_runs" / "local" / "demo"
     record = {"template": "demo", "protocol": 1, "status": "finished", "group": "g", "metrics": {"loss": 1.0}}
     for name, mark, steps in (("a", "one", 7), ("b", "two", 7), ("c", "three", 9)):
