@@ -408,7 +408,7 @@ def compare_studies(
 ) -> Shared:
     "Which routers do two studies share, and do they rank them alike?"
     shared = [r for r in dict.fromkeys(first.router) if r in set(second.router)]
-    kinds = router_groups(shared)
+    kinds = dict(zip(first.router, first.kind))
     apart = [r for r in shared if kinds[r] == GROUPS[-1]]
     ranked, used = _agreement(first, second, [r for r in shared if r not in apart], ("compute", "width"))
     for form, words in enumerate(("as shipped", "in trained form")):
@@ -625,13 +625,13 @@ def _by_factor(runs: pd.DataFrame, x: str, y: str, xlabel: str, ylabel: str, log
 
 # %% ../../nbs/73_studies.routers.ipynb #ac50a399
 def _points(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    "Mean and t half-width of columns by router and capacity factor; what routers share in a seed is not in the width."
+    "Mean and t half-width of columns by router and factor; the luck that perplexities share in a seed is taken out."
     runs = runs.assign(capacity_factor=runs.capacity_factor.fillna(np.inf))
     place, found = [runs.router, runs.capacity_factor], {}
     for c in columns:
         x = pd.to_numeric(runs[c])
-        shared = (x - x.groupby(place).transform("mean")).groupby([runs.capacity_factor, runs.seed]).transform("mean")
-        found |= {c: x, f"{c}_half": x - shared}
+        luck = (x - x.groupby(place).transform("mean")).groupby([runs.capacity_factor, runs.seed]).transform("mean")
+        found |= {c: x, f"{c}_half": x - luck if c == "best_val_ppl" else x}
     half = lambda v: (mean_interval(v).high - v.mean()) if len(v := v.dropna()) > 1 else 0.0
     rules = {c: half if c.endswith("_half") else "mean" for c in found}
     table = runs[["router", "capacity_factor"]].assign(**found).groupby(["router", "capacity_factor"], sort=False)
