@@ -39,7 +39,7 @@ class Finding:
 
 # %% ../../nbs/67_studies.findings.ipynb #014cd14a
 def plain(x):
-    "Numbers of numpy and pandas as Python's own, to ten digits, None for what is not finite; as deep as it goes."
+    "Numbers as Python's own, to eight digits, so that they are the same on every CPU; None for what is not finite."
     if isinstance(x, dict):
         return {str(k): plain(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
@@ -48,7 +48,7 @@ def plain(x):
         x = x.item()
     if not isinstance(x, float):
         return x
-    return float(f"{x:.10g}") if math.isfinite(x) else None
+    return (float(f"{x:.8g}") if abs(x) > 1e-12 else 0.0) if math.isfinite(x) else None
 
 # %% ../../nbs/67_studies.findings.ipynb #6824bcb8
 def write_findings(folder: str | Path, findings: list[Finding]) -> Path:
