@@ -1945,6 +1945,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'moe_routing.routers.zoo._own_parameters': ( 'routers.zoo.html#_own_parameters',
                                                                                       'moe_routing/routers/zoo.py'),
                                          'moe_routing.routers.zoo._padding': ('routers.zoo.html#_padding', 'moe_routing/routers/zoo.py'),
+                                         'moe_routing.routers.zoo._row': ('routers.zoo.html#_row', 'moe_routing/routers/zoo.py'),
                                          'moe_routing.routers.zoo._rules': ('routers.zoo.html#_rules', 'moe_routing/routers/zoo.py'),
                                          'moe_routing.routers.zoo._same': ('routers.zoo.html#_same', 'moe_routing/routers/zoo.py'),
                                          'moe_routing.routers.zoo._spectra': ('routers.zoo.html#_spectra', 'moe_routing/routers/zoo.py'),

@@ -157,7 +157,7 @@ def _quota(rule: "Quota", tokens: int, E: int, k: int) -> int:
 # %% ../../nbs/18_routers.spectra.ipynb #0b1754da
 @dataclass(frozen=True)
 class Quota(Selector):
-    "The k best experts of `view.choice` under a quota; without `expert_choice_routing` plain top-k (seed document 001)."
+    "The k best experts of `view.choice` under a quota; without `expert_choice_routing` plain top-k (seed 001)."
 
     k: int | None = None  # experts per token; None: the model's own number
     expert_choice_routing: bool = True  # the quota
@@ -345,7 +345,7 @@ def _matrix_flops(o, H: int, E: int, L: int) -> float:
     expressions = 2.0 * size * H if o.use_expression else 0
     return scores + expressions + 2.0 * size + (2.0 * E * E if o.osr_repulsion_weight else 0)
 
-
+# %% ../../nbs/18_routers.spectra.ipynb #622e5cdb
 class SpectraWeights(Router):
     "What SPECTRA is made of: parameters and state of the one router that all layers share."
 

@@ -80,6 +80,30 @@ def _own_parameters(router: type[Router]) -> list[str]:
     return [name for name in named + options if name not in signature(Router).parameters]
 
 # %% ../../nbs/19_routers.zoo.ipynb #c01350c5
+_PAPERS = {
+    "switch": "Fedus et al. 2021, arXiv 2101.03961",
+    "switch_top2": "Fedus et al. 2021, arXiv 2101.03961",
+    "topk_aux": "Lepikhin et al. 2020, arXiv 2006.16668",
+    "topk_z": "Zoph et al. 2022, arXiv 2202.08906",
+    "softk": "Shazeer et al. 2017, arXiv 1701.06538",
+    "expert_choice": "Zhou et al. 2022, arXiv 2202.09368",
+    "expert_threshold": "arXiv 2603.11535",
+    "sinkhorn": "Clark et al. 2022, arXiv 2202.01169",
+    "sbase": "Lewis et al. 2021, arXiv 2103.16716",
+    "loss_free": "Wang et al. 2024, arXiv 2408.15664",
+    "quantile": "Su 2026, kexue.fm 11619",
+    "token_hash": "Roller et al. 2021, arXiv 2106.04426",
+    "top_p": "Huang et al. 2024, arXiv 2403.07652",
+    "summed_topk": (_BENCH := "moe-routing-bench"),
+    **dict.fromkeys(("position_hash", "top1_as_shipped", "topk_hard_as_shipped", "expert_choice_as_shipped"), _BENCH),
+}
+
+
+def _row(name: str, rule: type[Rule], summary: str, chooses: str = "token", group: str = "trainable", **more) -> Row:
+    "A row with its paper."
+    return Row(name, rule, summary, chooses, group, _PAPERS.get(name, ""), **more)
+
+
 def _by_topk(rule: Rule) -> Rule:
     "Top-k of the raw logits with the same k and weights."
     return TopK(rule.k, weigh=rule.weigh, temperature=rule.temperature)
@@ -89,261 +113,101 @@ def _no_quota(rule: Rule) -> Rule:
     "The same selection without its quota, which looks at the whole batch."
     return replace(rule, expert_choice_routing=False)
 
-
-_RENORM, _EVEN, _TWO = {"weigh": "renorm"}, {"weigh": "uniform"}, {"k": 2}
-_SUM_1 = {"defaults": _RENORM, "example": _TWO}
-_IDS = "permuting experts permutes the answer"  # the contract that fixed ids cannot keep
-_BENCH, _SPECTRA = "moe-routing-bench", "seed 001 (SPECTRA)"
-_SWITCH = "Fedus et al. 2021, arXiv 2101.03961"
-
 # %% ../../nbs/19_routers.zoo.ipynb #8da3f4ad
-_BY_TOKEN = [
-    Row(
-        "switch",
-        TopK,
-        "the strongest expert, weighed with its probability",
-        "token",
-        paper=_SWITCH,
-        defaults={"k": 1},
-        losses={"aux": 0.01},
-    ),
-    Row(
-        "switch_top2",
-        TopK,
-        "the two strongest, weighed with their probabilities",
-        "token",
-        paper=_SWITCH,
-        defaults={"k": 2},
-        losses={"aux": 0.01},
-    ),
-    Row(
-        "topk_aux",
-        TopK,
-        "the k strongest, weights of sum 1, kept even by a loss",
-        "token",
-        paper="Lepikhin et al. 2020, arXiv 2006.16668",
-        **_SUM_1,
-        losses={"aux": 0.01},
-    ),
-    Row(
-        "topk_z",
-        TopK,
-        "the same with small logits",
-        "token",
-        paper="Zoph et al. 2022, arXiv 2202.08906",
-        **_SUM_1,
-        losses={"aux": 0.01, "z": 0.001},
-    ),
-    Row(
-        "softk",
-        SoftK,
-        "the k strongest, a softmax over their logits, no balancing",
-        "token",
-        paper="Shazeer et al. 2017, arXiv 1701.06538",
-        example=_TWO,
-    ),
-    Row(
-        "summed_topk",
-        SummedTopK,
-        "the k strongest, the positive part of their logits over its sum",
-        "token",
-        paper=_BENCH,
-        example=_TWO,
-    ),
-]
-
-# %% ../../nbs/19_routers.zoo.ipynb #2b4c594b
-_BALANCED = [
-    Row(
-        "expert_choice",
-        ExpertChoice,
-        "every expert takes its share of the tokens",
-        "expert",
-        paper="Zhou et al. 2022, arXiv 2202.09368",
-        adaptive=True,
-        example=_TWO,
-        router=ThresholdRouter,
-        capacity="budget",
-    ),
-    Row(
-        "expert_threshold",
-        ExpertThreshold,
-        "every expert takes the tokens above its threshold",
-        "expert",
-        paper="arXiv 2603.11535",
-        adaptive=True,
-        example=_TWO,
-        router=ThresholdRouter,
-    ),
-    Row(
-        "sinkhorn",
-        Sinkhorn,
-        "the k largest entries of a balanced plan over the batch",
-        "batch",
-        paper="Clark et al. 2022, arXiv 2202.01169",
-        **_SUM_1,
-        evaluate=_by_topk,
-    ),
-    Row(
-        "sbase",
-        SBase,
-        "an assignment of the batch with equal numbers of tokens",
-        "batch",
-        paper="Lewis et al. 2021, arXiv 2103.16716",
-        **_SUM_1,
-        evaluate=_by_topk,
-        capacity="budget",
-    ),
-    Row(
-        "loss_free",
-        TopK,
-        "the k strongest after a bias that follows the load",
-        "token",
-        paper="Wang et al. 2024, arXiv 2408.15664",
-        **_SUM_1,
-        router=LossFreeRouter,
-    ),
-    Row(
-        "quantile",
-        TopK,
-        "the k strongest after prices that even the load",
-        "token",
-        paper="Su 2026, kexue.fm 11619",
-        **_SUM_1,
-        router=QuantileRouter,
-    ),
+_RENORM, _EVEN, _TWO, _AUX = {"weigh": "renorm"}, {"weigh": "uniform"}, {"k": 2}, {"aux": 0.01}
+_SUM_1 = {"defaults": _RENORM, "example": _TWO}
+_EXPERTS = {"chooses": "expert", "adaptive": True, "example": _TWO, "router": ThresholdRouter}
+_IN_BATCH = {**_SUM_1, "chooses": "batch", "evaluate": _by_topk}
+_TRAINED = [
+    _row("switch", TopK, "the strongest expert, weighed with its probability", defaults={"k": 1}, losses=_AUX),
+    _row("switch_top2", TopK, "the two strongest, weighed with their probabilities", defaults=_TWO, losses=_AUX),
+    _row("topk_aux", TopK, "the k strongest, weights of sum 1, kept even by a loss", losses=_AUX, **_SUM_1),
+    _row("topk_z", TopK, "the same with small logits", losses={"aux": 0.01, "z": 0.001}, **_SUM_1),
+    _row("softk", SoftK, "the k strongest, a softmax over their logits, no balancing", example=_TWO),
+    _row("summed_topk", SummedTopK, "the k strongest, the positive part of their logits over its sum", example=_TWO),
+    _row("expert_choice", ExpertChoice, "every expert takes its share of the tokens", capacity="budget", **_EXPERTS),
+    _row("expert_threshold", ExpertThreshold, "every expert takes the tokens above its threshold", **_EXPERTS),
+    _row("sinkhorn", Sinkhorn, "the k largest entries of a balanced plan over the batch", **_IN_BATCH),
+    _row("sbase", SBase, "an assignment of the batch with equal numbers of tokens", capacity="budget", **_IN_BATCH),
+    _row("loss_free", TopK, "the k strongest after a bias that follows the load", router=LossFreeRouter, **_SUM_1),
+    _row("quantile", TopK, "the k strongest after prices that even the load", router=QuantileRouter, **_SUM_1),
 ]
 
 # %% ../../nbs/19_routers.zoo.ipynb #cb28715b
-_NO_CHOICE = {"trainable": False, "example": _TWO}
+_IDS, _PADS = "permuting experts permutes the answer", "padding takes no capacity"  # contracts that some cannot keep
+_CONTROL = {"chooses": "nobody", "group": "control", "trainable": False}
+_WHOLE = {_PADS: "it has no capacity: every expert takes every row"}
 _CONTROLS = [
-    Row(
+    _row(
         "token_hash",
         TokenHash,
         "k experts fixed by the token id",
-        "nobody",
-        "control",
-        "Roller et al. 2021, arXiv 2106.04426",
         needs=("token_id",),
         training=_EVEN,
+        example=_TWO,
         exempt={_IDS: "hashes belong to expert ids"},
-        **_NO_CHOICE,
+        **_CONTROL,
     ),
-    Row(
+    _row(
         "position_hash",
         PositionHash,
         "k experts fixed by the row, as shipped",
-        "nobody",
-        "control",
-        _BENCH,
+        example=_TWO,
         exempt={_IDS: "the formula gives expert ids"},
-        **_NO_CHOICE,
+        **_CONTROL,
     ),
-    Row(
+    _row(
         "random",
         Random,
         "k random experts",
-        "nobody",
-        "control",
         training=_EVEN,
+        example=_TWO,
         exempt={_IDS: "draws belong to expert ids"},
-        **_NO_CHOICE,
+        **_CONTROL,
     ),
-    Row(
-        "dense",
-        Dense,
-        "every expert",
-        "nobody",
-        "control",
-        trainable=False,
-        capacity="never",
-        exempt={"padding takes no capacity": "it has no capacity: every expert takes every row"},
-    ),
+    _row("dense", Dense, "every expert", capacity="never", exempt=_WHOLE, **_CONTROL),
 ]
+_AS_SHIPPED = {"group": "as shipped", "losses": {"aux_as_shipped": 0.01}}
+_FIXED, _TAKEN = {**_AS_SHIPPED, "trainable": False}, {**_AS_SHIPPED, "adaptive": True, "capacity": "both"}
 _SHIPPED = [
-    Row(
-        "top1_as_shipped",
-        Top1AsShipped,
-        "the strongest expert with weight 1",
-        "token",
-        "as shipped",
-        _BENCH,
-        trainable=False,
-        fixed_k=1,
-        losses={"aux_as_shipped": 0.01},
-    ),
-    Row(
-        "topk_hard_as_shipped",
-        TopKHardAsShipped,
-        "the k strongest, each with weight 1",
-        "token",
-        "as shipped",
-        _BENCH,
-        losses={"aux_as_shipped": 0.01},
-        **_NO_CHOICE,
-    ),
-]
-
-# %% ../../nbs/19_routers.zoo.ipynb #cc217196
-_SHIPPED += [
-    Row(
+    _row("top1_as_shipped", Top1AsShipped, "the strongest expert with weight 1", fixed_k=1, **_FIXED),
+    _row("topk_hard_as_shipped", TopKHardAsShipped, "the k strongest, each with weight 1", example=_TWO, **_FIXED),
+    _row(
         "expert_choice_as_shipped",
         ExpertChoiceAsShipped,
         "experts take 64 tokens at most, the rest is soft-k",
         "expert",
-        "as shipped",
-        _BENCH,
-        adaptive=True,
         example=_TWO,
-        losses={"aux_as_shipped": 0.01},
-        capacity="both",
+        **_TAKEN,
     ),
 ]
+
+# %% ../../nbs/19_routers.zoo.ipynb #cc217196
+_ADAPTED = {"group": "adaptive", "adaptive": True}
+_TESTED = {**_ADAPTED, "needs_null": True}
 _ADAPTIVE = [
-    Row("topk", TopK, "the k strongest experts", "token", example=_TWO),
-    Row(
-        "top_p",
-        TopP,
-        "the fewest experts that hold a share p of the probability",
-        "token",
-        "adaptive",
-        "Huang et al. 2024, arXiv 2403.07652",
-        adaptive=True,
-        example={"p": 0.6},
+    _row("topk", TopK, "the k strongest experts", example=_TWO),
+    _row("top_p", TopP, "the fewest experts that hold a share p of the probability", example={"p": 0.6}, **_ADAPTED),
+    _row(
+        "threshold", Threshold, "every expert whose probability reaches a bar", example={"threshold": 0.15}, **_ADAPTED
     ),
-    Row(
-        "threshold",
-        Threshold,
-        "every expert whose probability reaches a bar",
-        "token",
-        "adaptive",
-        adaptive=True,
-        example={"threshold": 0.15},
-    ),
-    Row(
-        "entropy_bands",
-        EntropyBands,
-        "a number of experts by the token's largest probability",
-        "token",
-        "adaptive",
-        adaptive=True,
-    ),
-]
-_TESTED = {"chooses": "token", "group": "adaptive", "adaptive": True, "needs_null": True}
-_BY_TESTS = [
-    Row("bh", BH, "as many experts as Benjamini-Hochberg rejects", example={"alpha": 0.3, "max_k": 4}, **_TESTED),
-    Row("by", BY, "as many experts as Benjamini-Yekutieli rejects", example={"alpha": 0.5, "max_k": 4}, **_TESTED),
-    Row("hc", HC, "as many experts as the peak of Higher Criticism", example={"beta": 0.5, "max_k": 4}, **_TESTED),
+    _row("entropy_bands", EntropyBands, "a number of experts by the token's largest probability", **_ADAPTED),
+    _row("bh", BH, "as many experts as Benjamini-Hochberg rejects", example={"alpha": 0.3, "max_k": 4}, **_TESTED),
+    _row("by", BY, "as many experts as Benjamini-Yekutieli rejects", example={"alpha": 0.5, "max_k": 4}, **_TESTED),
+    _row("hc", HC, "as many experts as the peak of Higher Criticism", example={"beta": 0.5, "max_k": 4}, **_TESTED),
 ]
 
 # %% ../../nbs/19_routers.zoo.ipynb #4597395c
+_SPECTRA = {"router": SpectraRouter, "evaluate": _no_quota}
+
+
 def _spectra(ablation: str, summary: str, group: str = "trainable", losses: dict | None = None) -> Row:
     "A row of SPECTRA or of one of its ablations: the parameters of the rule and of the scorer kept apart."
     own, given = [f.name for f in fields(Quota)], ABLATIONS[ablation]
     of_rule, scorer = ({n: v for n, v in given.items() if (n in own) == inside} for inside in (True, False))
     name = "spectra" if ablation == "full" else f"spectra_{ablation}"
     more = {"defaults": {**_RENORM, **of_rule}, "example": _TWO, "scorer": scorer, "losses": losses or {}}
-    return Row(name, Quota, summary, "batch", group, _SPECTRA, router=SpectraRouter, evaluate=_no_quota, **more)
+    return Row(name, Quota, summary, "batch", group, "seed 001 (SPECTRA)", **more, **_SPECTRA)
 
 
 _SPECTRAS = [
@@ -358,8 +222,18 @@ _SPECTRAS = [
 ]
 
 # %% ../../nbs/19_routers.zoo.ipynb #bbe8b44b
-_UNIFORM = Row("uniform", Uniform, "the k strongest experts with equal weights", "token", "control", **_NO_CHOICE)
-_PARTS = (_BY_TOKEN, _BALANCED, _CONTROLS, _SHIPPED, _ADAPTIVE, _BY_TESTS, _SPECTRAS, [_UNIFORM])
+_LAST = [
+    _row(
+        "uniform",
+        Uniform,
+        "the k strongest experts with equal weights",
+        "token",
+        "control",
+        trainable=False,
+        example=_TWO,
+    )
+]
+_PARTS = (_TRAINED, _CONTROLS, _SHIPPED, _ADAPTIVE, _SPECTRAS, _LAST)
 ROUTERS: dict[str, Row] = {row.name: row for part in _PARTS for row in part}  # by name
 
 # %% ../../nbs/19_routers.zoo.ipynb #cf52bb29
@@ -457,7 +331,7 @@ def make_router(
     losses: dict[str, float] | None = None,  # None: the row's
     **params,  # of its rule, or of its router class (u, horizon, ...)
 ) -> Router:
-    """A scorer with freshly drawn weights (torch's global generator), a rule by name, its losses, steering and capacity.
+    """A scorer with fresh weights (torch's global generator), a rule by name, its losses, steering and capacity.
 
     ValueError for an unknown name or parameter, a value out of range, or a gate that could not learn.
     """
@@ -615,7 +489,7 @@ CONTRACTS: dict[str, Callable[[Row], str]] = {  # name -> f(row) -> what is wron
     _IDS: permutes,
     "gradient reaches the gate as the row says": gradient_as_said,
     "ties are deterministic": ties_deterministic,
-    "padding takes no capacity": padding_takes_nothing,
+    _PADS: padding_takes_nothing,
 }
 
 
