@@ -167,6 +167,8 @@ _CONTROLS = [
     ),
     _row("dense", Dense, "every expert", capacity="never", exempt=_WHOLE, **_CONTROL),
 ]
+
+# %% ../../nbs/19_routers.zoo.ipynb #9b78fe69
 _AS_SHIPPED = {"group": "as shipped", "losses": {"aux_as_shipped": 0.01}}
 _FIXED, _TAKEN = {**_AS_SHIPPED, "trainable": False}, {**_AS_SHIPPED, "adaptive": True, "capacity": "both"}
 _SHIPPED = [
