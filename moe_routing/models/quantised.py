@@ -421,7 +421,8 @@ def check_quantised(
         share = experts["full"] / experts["bytes"]
         raise ValueError(
             f"quantize={quantize!r} leaves {share:.0%} of the experts of {name} in full precision "
-            f"({', '.join(stored)}): they are not held in fused parameters that transformers describes; load it with quantize=None"
+            f"({', '.join(stored)}): they are not held in fused parameters that transformers describes; "
+            "load it with quantize=None"
         )
     if other := [k for k in stored if k in QUANTISATIONS and k != quantize]:
         raise ValueError(f"the experts of {name} are stored in {', '.join(other)}, not in {quantize}")
