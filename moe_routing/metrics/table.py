@@ -534,6 +534,11 @@ _distribution = _category(
     _says("load_gini", "mean over layers of the Gini of the load", "lower", 0, 1, source=_OURS)(
         0, lambda E, K, V: 1 - K / E, _mean("load_gini"), _floor("load_gini")
     ),
+)
+
+# %% ../../nbs/39_metrics.table.ipynb #94247774
+_distribution += _category(
+    "distribution",
     _says(
         "load_cv",
         "mean over layers of std / mean of the load (population)",
@@ -542,11 +547,6 @@ _distribution = _category(
         inf,
         source="Shazeer et al. 2017",
     )(0, _cv, _mean("load_cv"), _floor("load_cv")),
-)
-
-# %% ../../nbs/39_metrics.table.ipynb #94247774
-_distribution += _category(
-    "distribution",
     _says(
         "load_cv_per_layer",
         "std / mean of the load (population)",
@@ -568,6 +568,11 @@ _distribution += _category(
     _says("max_violation", r"mean_l \max_e n_{l,e} / \bar n_l - 1", "lower", 0, inf, source="Wang et al. 2024")(
         0, lambda E, K, V: E / K - 1, _mean("max_violation"), _floor("max_violation")
     ),
+)
+
+# %% ../../nbs/39_metrics.table.ipynb #45e3ee87
+_distribution += _category(
+    "distribution",
     _says(
         "max_violation_per_layer",
         r"\max_e n_{l,e} / \bar n_l - 1",
@@ -819,6 +824,8 @@ _BY_REFUSAL = [
         source="seed 004",
     )(0, None, (lambda f: f.per("refusals", 3, 2), None)),
 ]
+
+# %% ../../nbs/39_metrics.table.ipynb #02144465
 _BY_RUN = [
     _layers_of(
         "stability",
