@@ -556,7 +556,7 @@ def hit_rate_interval(
     a: Replay,
     b: Replay | None = None,  # compare with: a - b, paired
     documents=None,  # (S,) label of the document of each sample; default: a sample is a document
-    level: float = 0.95,
+    level: float = 0.95,  # of confidence
 ) -> Interval:  # of the hit rate, or of the difference
     """Hit rate, or difference of two, with an interval over documents.
 

@@ -366,8 +366,8 @@ class Entry:
 
     make: Callable[..., Predictor]  # (horizon, trace, **settings)
     kind: str  # "trivial", "control", "learned" or "seed"
-    horizons: tuple[str, ...] = tuple(HORIZONS)
-    source: str = ""
+    horizons: tuple[str, ...] = tuple(HORIZONS)  # at which it makes sense
+    source: str = ""  # paper or seed document
 
 
 _hidden = tuple(n for n, h in HORIZONS.items() if h.column)
@@ -473,10 +473,10 @@ class Recipe:
 
     lr: float = 2e-3  # the highest learning rate
     batch: int = 8  # sequences; with by_layer, pairs of a sequence and a layer
-    epochs: int = 12
+    epochs: int = 12  # passes over the samples
     group: int = 2  # shards in memory at a time
     length: int | None = None  # first tokens of a sequence; None: all
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # of all weights
     schedule: str = "step"  # cosine with warm-up by "step", or by "epoch" without
     clip: float = 1.0  # of the gradient's norm
     loss: str | None = None  # bce, cross_entropy, ranking; None: the predictor's own

@@ -290,7 +290,10 @@ def nominal_k(recipe: Recipe) -> float:
     return float(f"{demanded:.3g}")
 
 # %% ../../nbs/43_training.loop.ipynb #20bdb4b3
-def expert_width(recipe: Recipe, k: float) -> int:
+def expert_width(
+    recipe: Recipe,
+    k: float,  # experts a token
+) -> int:
     """Width of an expert.
 
     That of the reference, or what spends the reference's arithmetic, gate included, on the router and `k` experts;
@@ -380,7 +383,10 @@ def _to_gate(gate: nn.Module, router: Router) -> None:
         gate.weight.copy_(router.weight)
 
 
-def mount(model: OlmoeForCausalLM, routers: list[Router]) -> None:
+def mount(
+    model: OlmoeForCausalLM,
+    routers: list[Router],  # one a layer
+) -> None:
     """Make the routers part of an already patched model, in place of the gates' own weights.
 
     One state, one set of parameters."""
@@ -402,12 +408,19 @@ def unmount(model: OlmoeForCausalLM) -> None:
         del gate.router
 
 # %% ../../nbs/43_training.loop.ipynb #ce2e230e
-def active_flops(model: OlmoeForCausalLM, recipe: Recipe, k: float) -> dict[str, float]:
+def active_flops(
+    model: OlmoeForCausalLM,
+    recipe: Recipe,
+    k: float,  # experts a token
+) -> dict[str, float]:  # FLOPs by part
     "Matrix FLOPs of one token in a forward pass by part, at `k` experts a token, averaged over a window's positions."
     return {**flop_breakdown(model, k, (recipe.length + 1) / 2), "router": recipe.layers * _router_flops(recipe)}
 
 
-def active_share(recipe: Recipe, vocabulary: int = 256) -> float:
+def active_share(
+    recipe: Recipe,
+    vocabulary: int = 256,  # tokens
+) -> float:  # 1 where both spend the same
     "Arithmetic a token against the reference: `recipe.k` experts of width `recipe.intermediate`."
     k = nominal_k(recipe)
     parts = active_flops(build_model(recipe, vocabulary)[0], recipe, k)
@@ -511,7 +524,7 @@ class Meter:
         return sum(self.losses) if self.losses else 0.0
 
     def metrics(self, run: Callable[[], tuple]) -> tuple[tuple, list[dict]]:
-        "Run an evaluation and read the metrics of each layer from it."
+        "Call `run`, an evaluation; what it returns, and the metrics of each layer from it."
         self.tally, self.block, self.seen = Tally(), [], []
         try:
             out = run()
@@ -529,11 +542,11 @@ class Meter:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    patch,
-    meter: Meter,
+    patch,  # of the model, open
+    meter: Meter,  # that observes it
     windows: Tensor,  # (N, S) int64
     batch: int,  # windows at once: a router that looks at the batch sees as many as in training
-    as_trained: bool = False,
+    as_trained: bool = False,  # routers decide by their rule of training
 ) -> tuple[Tensor, dict]:  # (N,) nats summed over each window's S - 1 predictions; statistics of the meter
     "Held-out loss and routing statistics. Leaves the model in training mode."
     device, sums = next(model.parameters()).device, []
@@ -593,7 +606,12 @@ def _check(found: dict, recipe: Recipe, text: TrainingText, path: Path) -> None:
 
 # %% ../../nbs/43_training.loop.ipynb #cb8ce207
 def save_trained(
-    folder: Path, model: OlmoeForCausalLM, routers: list[Router], recipe: Recipe, text: TrainingText, facts: dict
+    folder: Path,
+    model: OlmoeForCausalLM,
+    routers: list[Router],  # one a layer
+    recipe: Recipe,
+    text: TrainingText,
+    facts: dict,  # what else is known of it: step, val_loss (nats)
 ) -> None:
     "Write a trained model as a plain OLMoE with its tokenizer, the routers' state and the recipe."
     from safetensors.torch import save_file
@@ -716,11 +734,11 @@ def _log_row(
 class Trained:
     "A finished training."
 
-    model: OlmoeForCausalLM
-    routers: list[Router]
+    model: OlmoeForCausalLM  # with its routers mounted
+    routers: list[Router]  # one a layer
     patch: object = field(repr=False)  # the open patch of the model; `with patch:` is not needed, `close()` ends it
-    meter: Meter = field(repr=False)
-    log: list[dict] = field(repr=False)
+    meter: Meter = field(repr=False)  # that observes it
+    log: list[dict] = field(repr=False)  # a row an evaluation
     best: dict  # the row of the log with the smallest held-out loss
     seconds: float  # of training steps, evaluation excluded
     batch: int  # windows of one forward, for `evaluate`
@@ -1055,9 +1073,14 @@ def _run_steps(
 
 # %% ../../nbs/43_training.loop.ipynb #c45f247a
 def batch_demand(
-    model: nn.Module, patch, meter: Meter, windows: Tensor, batch: int, as_trained: bool = False
-) -> tuple[Tensor, dict, Tensor]:
-    "Like `evaluate`, and the demand of every batch: (B, L, E)."
+    model: nn.Module,
+    patch,  # of the model, open
+    meter: Meter,  # that observes it
+    windows: Tensor,  # (N, S) int64
+    batch: int,  # windows at once
+    as_trained: bool = False,  # routers decide by their rule of training
+) -> tuple[Tensor, dict, Tensor]:  # as from `evaluate`; demand (B, L, E)
+    "Like `evaluate`, and the demand of every batch."
     meter.keep_batches, meter.batches = True, []
     try:
         nll, stats = evaluate(model, patch, meter, windows, batch, as_trained)
@@ -1067,7 +1090,9 @@ def batch_demand(
     return nll, stats, torch.stack([d.cpu() for _, d in meter.batches]).view(-1, L, len(meter.batches[0][1]))
 
 # %% ../../nbs/43_training.loop.ipynb #cf013072
-def main(arguments: list[str]) -> int:
+def main(
+    arguments: list[str],  # each name=value: fields of Recipe, arguments of `training_text` and `train`, out
+) -> int:  # exit status
     "Train from `name=value` arguments; the last line printed is the last line of the log."
     import ast
 

@@ -213,7 +213,7 @@ def chat_renderer(tokenizer) -> Callable[[list[dict], bool], str]:  # f(messages
 
 # %% ../../nbs/46_training.sft.ipynb #cde113fa
 def encode_chat(
-    messages: list[dict],
+    messages: list[dict],  # each with role and content
     tokenizer,
     max_seq_length: int = 512,  # tokens; what is longer is cut off
     assistant_only: bool = True,  # labels on the assistant's tokens only
@@ -247,9 +247,9 @@ def encode_chat(
 
 # %% ../../nbs/46_training.sft.ipynb #c299dba2
 def encode_chats(
-    records: list[dict],
+    records: list[dict],  # with messages, of `load_chat`
     tokenizer,
-    max_seq_length: int = 512,
+    max_seq_length: int = 512,  # tokens; what is longer is cut off
     assistant_only: bool = True,  # as for `encode_chat`
 ) -> tuple[list[dict], dict]:  # rows; counts of what was read, kept, cut
     "All conversations; those that have nothing to predict within `max_seq_length` are left out and counted."
@@ -275,7 +275,7 @@ def encode_chats(
 
 # %% ../../nbs/46_training.sft.ipynb #d0ba80f9
 def collate(
-    rows: list[dict],
+    rows: list[dict],  # of `encode_chat`
     pad: int = 0,  # token id that fills up; it is masked
 ) -> dict[str, Tensor]:  # input_ids, labels, attention_mask (B, S), padded on the right
     "Rows as a batch."
@@ -309,9 +309,9 @@ def as_routers(
 def make_routers(
     model: nn.Module,  # with MoE layers
     name: str,  # of the zoo
-    k: int | None = None,
-    capacity_factor: float | None = None,
-    seed: int = 0,
+    k: int | None = None,  # experts a token; None: as the zoo's row has it
+    capacity_factor: float | None = None,  # None: nothing is refused
+    seed: int = 0,  # of the weights
     **params,  # further arguments of `make_router`
 ) -> tuple:  # one router or a list with one for each layer; the arguments of `make_router` that made it
     "Fresh routers for all MoE layers; one for all where the row is shared through depth, as SPECTRA is."
@@ -331,8 +331,11 @@ def make_routers(
 # %% ../../nbs/46_training.sft.ipynb #cbb94365
 @contextmanager
 def mounted(
-    model: nn.Module, router: "Router | list[Router]", observe: Callable | None = None, experts: str = "ragged"
-):  # as for `route`
+    model: nn.Module,
+    router: "Router | list[Router]",  # one for all MoE layers, or a list with one for each
+    observe: Callable | None = None,  # as for `route`
+    experts: str = "ragged",  # as for `route`
+):
     "The model with routers as its gates and as its parameters; yields the patch of `route`."
     layers = moe_layers(model)
     routers = as_routers(router, layers)
