@@ -163,10 +163,10 @@ def test_tables_know_what_they_count(trace):
 
 def test_a_full_table_leaves_the_rest_to_the_backoff(trace, batch):
     p = Table(HORIZONS["token_id"], trace, "token")
-    p.most = 2
+    p.counts.most = 2
     p.count(batch)
     p.count(batch)
-    assert len(p.rows) == 2 and p(batch).isfinite().all()
+    assert len(p.counts.rows) == 2 and p(batch).isfinite().all()
     strange = {**batch, "token_id": torch.full_like(batch["token_id"], 10**6)}
     assert torch.allclose(p(strange), p.backoff(strange))
 

@@ -68,11 +68,11 @@ def test_stored_output_is_small(path):
 @notebooks
 def test_chapter_starts_with_what_it_is_about(path):
     "The first exported cell that defines anything defines a public function or class: no constants or helpers first."
-    defining = [(n, definitions(s)) for n, kind, s in cells(path) if "export" in kind and definitions(s)]
+    defining = [(n, kind, definitions(s)) for n, kind, s in cells(path) if "export" in kind and definitions(s)]
     if defining:
-        name, nodes = defining[0]
+        name, kind, nodes = defining[0]
         public = [node.name for node in nodes if is_public(node)]
-        assert public, f"{path.name}, cell {name} defines only {ast.unparse(nodes[0])[:80]!r}"
+        assert kind == "export" and public, f"{path.name}, cell {name} defines only {ast.unparse(nodes[0])[:80]!r}"
 
 
 @notebooks

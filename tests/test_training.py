@@ -164,7 +164,7 @@ def test_nan_stops_with_the_last_good_checkpoint(text, tmp_path):
     steps = []
     import moe_routing.training.loop as t
 
-    forward = t._Steps._try
+    forward = t._step
 
     def broken(self, step, rows):
         steps.append(step)
@@ -172,12 +172,12 @@ def test_nan_stops_with_the_last_good_checkpoint(text, tmp_path):
             raise FloatingPointError("the loss is nan")
         return forward(self, step, rows)
 
-    t._Steps._try = broken
+    t._step = broken
     try:
         with pytest.raises(FloatingPointError, match="step 4.*nan.*checkpoint is .*last, after step 3.*lower lr"):
             run(SMALL, text, tmp_path)
     finally:
-        t._Steps._try = forward
+        t._step = forward
     assert steps == [3, 4] and run(SMALL, text, tmp_path).log[-1]["step"] == 6
 
 

@@ -6,8 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "quantised": [
-            "QUANTISATIONS", "pack_weight", "unpack_weight", "QuantisedExperts", "weight", "parts", "run", "store",
-            "quantise_experts", "Experts4Bit", "Experts8Bit", "quantisation_config", "stored_tensors",
+            "QUANTISATIONS", "pack_weight", "unpack_weight", "QuantisedExperts", "quantise_experts", "Experts4Bit", "Experts8Bit", "quantisation_config", "stored_tensors",
             "weight_groups", "check_quantised", "prepared", "memory_plan",
         ],
         "adapters": [

@@ -284,24 +284,51 @@ class Marginal(Predictor):
         return self.rates.expand(*batch["experts"].shape[:2], -1, -1)
 
 # %% ../../nbs/51_predictors.baselines.ipynb #c6846bae
+class _Counts:
+    "How often each expert was used after each key: up to 1 GiB of counts; keys met after that are left out."
+
+    def __init__(self, L: int, E: int):
+        self.rows, self.most = {}, max(1, 2**28 // (L * E))
+        self.used, self.seen = torch.zeros(0, L, E), torch.zeros(0)
+
+    def at(self, keys: Tensor) -> Tensor:
+        "The row of each key (N,), -1 where there is none."
+        return torch.tensor([self.rows.get(key, -1) for key in keys.tolist()])
+
+    def add(self, keys: Tensor, at: Tensor, used: Tensor) -> None:
+        "Count uses (N, L, E) of tokens whose key is keys[at]."
+        for key in keys.tolist():
+            if key not in self.rows and len(self.rows) < self.most:
+                self.rows[key] = len(self.rows)
+        if len(self.rows) > len(self.seen):
+            more = max(1024, len(self.rows)) if len(self.rows) * 2 <= self.most else self.most - len(self.seen)
+            self.used = torch.cat([self.used, torch.zeros(more, *self.used.shape[1:])])
+            self.seen = torch.cat([self.seen, torch.zeros(more)])
+        row = self.at(keys)[at]
+        kept = row >= 0
+        self.used.index_add_(0, row[kept], used[kept].float())
+        self.seen.index_add_(0, row[kept], torch.ones(int(kept.sum())))
+
+# %% ../../nbs/51_predictors.baselines.ipynb #cf6aab09
 class Table(Predictor):
     "How often each expert was used after a key: the token id, the previous token id, or both."
 
     passes, probable = 1, True
 
-    def __init__(self, horizon, trace, keys: str = "token"):
+    def __init__(
+        self,
+        horizon: Horizon,
+        trace: Trace,
+        keys: str = "token",  # or "previous", "bigram"
+    ):
         super().__init__(horizon, trace)
         self.keys = known(keys, ("token", "previous", "bigram"), "key of a table")
         self.needs = frozenset({"token": ["token"], "previous": ["past"], "bigram": ["past", "token"]}[keys])
         self.backoff = Table(horizon, trace, "token") if keys == "bigram" else Marginal(horizon, trace)
-        self.rows, self.most = (
-            {},
-            max(1, 2**28 // (self.L * self.E)),
-        )  # 1 GiB of counts; keys met after that are left to the backoff
-        self.used, self.seen = torch.zeros(0, self.L, self.E), torch.zeros(0)
+        self.counts = _Counts(self.L, self.E)
 
-    def key(self, batch: dict[str, Tensor]) -> Tensor:
-        "(B, S) int64"
+    def key(self, batch: dict[str, Tensor]) -> Tensor:  # (B, S) int64
+        "What is looked up for each token."
         token = batch["token_id"].long()
         before = shift(token, 1, 1, -1)
         return token if self.keys == "token" else before if self.keys == "previous" else (before + 1) * 2**32 + token
@@ -309,24 +336,14 @@ class Table(Predictor):
     def count(self, batch):
         self.backoff.count(batch)
         keys, at = self.key(batch)[batch["valid"]].unique(return_inverse=True)
-        for key in keys.tolist():
-            if key not in self.rows and len(self.rows) < self.most:
-                self.rows[key] = len(self.rows)
-        if len(self.rows) > len(self.seen):
-            more = max(1024, len(self.rows)) if len(self.rows) * 2 <= self.most else self.most - len(self.seen)
-            self.used = torch.cat([self.used, torch.zeros(more, self.L, self.E)])
-            self.seen = torch.cat([self.seen, torch.zeros(more)])
-        row = torch.tensor([self.rows.get(key, -1) for key in keys.tolist()])[at]
-        kept = row >= 0
-        self.used.index_add_(0, row[kept], targets(batch, self.E)[batch["valid"]][kept].float())
-        self.seen.index_add_(0, row[kept], torch.ones(int(kept.sum())))
+        self.counts.add(keys, at, targets(batch, self.E)[batch["valid"]])
 
     def forward(self, batch):
         keys, at = self.key(batch).unique(return_inverse=True)
-        row = torch.tensor([self.rows.get(key, -1) for key in keys.tolist()])[at]
+        row = self.counts.at(keys)[at]
         n, c = (
             torch.where((row >= 0).view(*row.shape, *[1] * (x.ndim - 1)), x[row.clamp(min=0)], 0)
-            for x in (self.seen, self.used)
+            for x in (self.counts.seen, self.counts.used)
         )
         return (c + self.backoff(batch)) / (n + 1)[..., None, None]
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'gru_step', 'expert_representation', 'newton_schulz', 'osr_cost', 'plain_log_plan', 'osr_plan',
-           'quota_as_shipped', 'Quota', 'soft_orthogonality', 'speciality', 'ablation', 'SpectraRouter']
+           'quota_as_shipped', 'Quota', 'soft_orthogonality', 'speciality', 'ablation', 'SpectraOptions',
+           'SpectraWeights', 'spectra_vectors', 'SpectraRouter']
 
 # %% ../../nbs/18_routers.spectra.ipynb #c47007dd
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch.nn.functional import linear, normalize
 
 from ..capacity import expert_capacity
 from ..core import Context, GateView, Router, Routing, Rule, in_range, keyed_generator, known, one_past_last
-from .balance import alone
+from .balance import alone, decides_anew
 from .control import k_of
 from .expert_choice import refuse_generation, valid_rows
 from .sinkhorn import log_sinkhorn, quota_assign
@@ -25,10 +26,10 @@ from .topk import Selector, chosen, rank_keys, whole
 def gru_step(
     x: Tensor,  # (T, H)
     state: Tensor | None,  # (T, E, R), or None: zeros
-    W: Tensor,
-    b: Tensor,  # (3, E, R, H), (3, E, R): update, reset, candidate, from x
-    U: Tensor,
-    c: Tensor,  # (3, E, R, E, R), (3, E, R): the same from the state
+    W: Tensor,  # (3, E, R, H): update, reset, candidate, from x
+    b: Tensor,  # (3, E, R)
+    U: Tensor,  # (3, E, R, E, R): the same from the state
+    c: Tensor,  # (3, E, R)
 ) -> Tensor:  # (T, E, R)
     "One step of the gated recurrent unit whose reset acts before the product (Cho et al. 2014, arXiv 1406.1078)."
     E, R = W.shape[1:3]
@@ -52,9 +53,9 @@ def expert_representation(
 
 
 def newton_schulz(
-    W: Tensor,  # (a, b)
-    steps: int = 3,
-) -> Tensor:  # (a, b)
+    W: Tensor,  # (M, N)
+    steps: int = 3,  # of the iteration
+) -> Tensor:  # (M, N)
     "Move the singular values of W towards 1: W / |W| and `steps` times X <- 1.5 X - .5 X X'X."
     X = W / W.norm().clamp_min(1e-12)
     X = X.t() if X.shape[0] < X.shape[1] else X
@@ -70,7 +71,7 @@ def osr_cost(
     saturation: float = 0.0,  # beta
     threshold: float = 0.7,  # tau
 ) -> Tensor:  # (T, E), lower is better
-    "Cost of each expert for each token (seed 001, OSR)."
+    "Cost of each expert for each token (seed document 001, OSR)."
     G = representation @ representation.t()
     cost = -similarity
     if repulsion:
@@ -78,13 +79,18 @@ def osr_cost(
     return cost + saturation * (similarity.abs() - threshold).relu().square() if saturation else cost
 
 # %% ../../nbs/18_routers.spectra.ipynb #cbf98971
-def plain_log_plan(scores: Tensor, epsilon: float, iterations: int) -> Tensor:  # as `log_sinkhorn`
-    "Sinkhorn by products, in float64. ValueError where an exponential would underflow."
+def plain_log_plan(
+    scores: Tensor,  # (T, E), higher is better
+    epsilon: float,  # weight of the entropy
+    iterations: int,  # pairs of row and column steps
+) -> Tensor:  # (T, E) float64, logarithm of the plan
+    "`log_sinkhorn` by products, in float64. ValueError where an exponential would underflow."
     M = scores.double()
     spread = float(M.detach().amax() - M.detach().amin()) / epsilon if M.numel() else 0.0
     if spread > 600:
         raise ValueError(
-            f"plain Sinkhorn underflows: the cost range is {spread:.0f} times epsilon = {epsilon:g}, at most 600 can be held: raise sinkhorn_epsilon or set log_sinkhorn_enabled=True"
+            f"plain Sinkhorn underflows: the cost range is {spread:.0f} times epsilon = {epsilon:g}, "
+            "at most 600 can be held: raise sinkhorn_epsilon or set log_sinkhorn_enabled=True"
         )
     P = ((M - M.amax(-1, keepdim=True).detach()) / epsilon).exp() if M.numel() else M
     for _ in range(iterations):
@@ -97,7 +103,7 @@ def osr_plan(
     scores: Tensor,  # (T, E), higher is better: minus the cost
     epsilon: float = 0.1,  # > 0
     iterations: int = 3,  # >= 1
-    log_domain: bool = True,
+    log_domain: bool = True,  # by logarithms, else by products
     valid: Tensor | None = None,  # (T,) bool
 ) -> Tensor:  # (T, E) float32, log of the plan, rows of sum 1
     "The logarithm of the balanced plan, with its gradient. Raises ValueError for epsilon <= 0 or iterations < 1."
@@ -105,11 +111,9 @@ def osr_plan(
     in_range(whole(iterations, "sinkhorn_iterations"), 1, float("inf"), "sinkhorn_iterations")
     if valid is not None and not valid.all():  # padding takes no part, and its gradient is exactly 0
         out = scores.new_full(scores.shape, float("-inf"), dtype=torch.float32)
-        return (
-            out.masked_scatter(valid[:, None], osr_plan(scores[valid], epsilon, iterations, log_domain))
-            if valid.any()
-            else out
-        )
+        if not valid.any():
+            return out
+        return out.masked_scatter(valid[:, None], osr_plan(scores[valid], epsilon, iterations, log_domain))
     if not log_domain:
         logs = plain_log_plan(scores, epsilon, iterations)
     else:
@@ -121,8 +125,8 @@ def osr_plan(
 # %% ../../nbs/18_routers.spectra.ipynb #c18968f8
 def quota_as_shipped(
     P: Tensor,  # (T, E), higher is better
-    k: int,
-    capacity: int,
+    k: int,  # experts of a token
+    capacity: int,  # tokens of an expert, not kept
 ) -> tuple[Tensor, Tensor]:  # experts (T, k), fallback (T,) bool
     "The shipped selection: k rounds, room checked at the start of a round, a full expert as last resort."
     room = torch.full((P.shape[1],), capacity, device=P.device)
@@ -139,11 +143,23 @@ def quota_as_shipped(
     return torch.stack(out, 1), fallback
 
 # %% ../../nbs/18_routers.spectra.ipynb #1a684b67
+def _quota(rule: "Quota", tokens: int, E: int, k: int) -> int:
+    "Tokens that an expert may take. ValueError when a hard quota leaves too little room for all choices."
+    factor = rule.expert_choice_capacity_factor
+    capacity = min(tokens, expert_capacity(tokens, E, k, factor))
+    if E * capacity < tokens * k and factor < 1 and rule.quota_is_hard:
+        raise ValueError(
+            f"expert_choice_capacity_factor = {factor:g} leaves {E} experts room for {E * capacity} choices where "
+            f"{tokens} tokens make {tokens * k}: give a factor of at least 1"
+        )
+    return capacity
+
+# %% ../../nbs/18_routers.spectra.ipynb #0b1754da
 @dataclass(frozen=True)
 class Quota(Selector):
-    "The k best experts of `view.choice` under a hard quota for each expert; without `expert_choice_routing` plain top-k (seed 001)."
+    "The k best experts of `view.choice` under a quota; without `expert_choice_routing` plain top-k (seed 001)."
 
-    k: int | None = None
+    k: int | None = None  # experts per token; None: the model's own number
     expert_choice_routing: bool = True  # the quota
     expert_choice_capacity_factor: float = 1.25  # > 0
     quota_is_hard: bool = True  # False: as shipped
@@ -152,44 +168,31 @@ class Quota(Selector):
         super().__post_init__()
         if self.k is not None:
             in_range(whole(self.k, "k"), 1, float("inf"), "k")
-        in_range(
-            self.expert_choice_capacity_factor,
-            0,
-            float("inf"),
-            "expert_choice_capacity_factor",
-            open_low=True,
-            open_high=True,
-        )
+        factor = self.expert_choice_capacity_factor
+        in_range(factor, 0, float("inf"), "expert_choice_capacity_factor", open_low=True, open_high=True)
 
     def decide(self, view: GateView) -> Routing:
+        "The decision for one view."
         k, valid, E = k_of(self, view), valid_rows(view), view.num_experts
         choice = view.choice.masked_fill(~valid[:, None], float("-inf"))
         wanted = chosen(rank_keys(choice), k)
         if not self.expert_choice_routing or not valid.any():
             return self.settle(view, wanted)
         refuse_generation(view, "a quota", "set expert_choice_routing=False")
-        capacity = min(int(valid.sum()), expert_capacity(int(valid.sum()), E, k, self.expert_choice_capacity_factor))
-        if E * capacity < int(valid.sum()) * k and self.expert_choice_capacity_factor < 1 and self.quota_is_hard:
-            raise ValueError(
-                f"expert_choice_capacity_factor = {self.expert_choice_capacity_factor:g} leaves {E} experts room for {E * capacity} choices where {int(valid.sum())} tokens make {int(valid.sum()) * k}: "
-                "give a factor of at least 1"
-            )
-        extras = {
-            "demand": torch.bincount(wanted.flatten(), minlength=E + 1)[:-1],
-            "demand_counts": (wanted < E).sum(-1),
-            "capacity": capacity,
-        }
+        capacity, asked = _quota(self, int(valid.sum()), E, k), (wanted < E).sum(-1)
+        demand = torch.bincount(wanted.flatten(), minlength=E + 1)[:-1]
+        extras = {"demand": demand, "demand_counts": asked, "capacity": capacity}
         if self.quota_is_hard:
             experts = quota_assign(choice, k, capacity, fill=False)
         else:
             experts, extras["fallback"] = quota_as_shipped(choice.exp(), k, capacity)
             experts = experts.masked_fill(~valid[:, None], E)
-        return self.settle(view, experts, {**extras, "refused": (experts < E).sum(-1) < extras["demand_counts"]})
+        return self.settle(view, experts, {**extras, "refused": (experts < E).sum(-1) < asked})
 
 # %% ../../nbs/18_routers.spectra.ipynb #c57f1c65
 def soft_orthogonality(
     representation: Tensor,  # (E, R) unit vectors
-) -> Tensor:
+) -> Tensor:  # a number
     "SRIP: .7 |G - I|_F^2 + .3 |G - I|_2^2."
     G = representation @ representation.t()
     D = G - torch.eye(len(G), device=G.device)
@@ -200,8 +203,12 @@ def speciality(
     routing_vectors: Tensor,  # (T, E, R) unit vectors
     representation: Tensor,  # (E, R) unit vectors
     valid: Tensor | None = None,  # (T,) bool
-) -> Tensor:
-    "Half the mean squared off-diagonal of the tokens' Gram matrices, half the distance of the experts' Gram matrix from 1 on and 1/E off the diagonal (seed 001, unused in its code)."
+) -> Tensor:  # a number
+    """How far the Gram matrices of tokens and experts are from those of specialists (unused in seed document 001).
+
+    Half the mean squared off-diagonal of the tokens' matrices, and half the squared distance of the experts' matrix
+    from 1 on and 1/E off the diagonal.
+    """
     E = len(representation)
     off = 1 - torch.eye(E, device=representation.device)
     grams = (routing_vectors @ routing_vectors.transpose(1, 2) * off).square().sum((1, 2)) / max(1, E * (E - 1))
@@ -241,316 +248,285 @@ def ablation(name: str) -> dict:
     return dict(ABLATIONS[known(name, ABLATIONS, "ablation of SPECTRA")])
 
 # %% ../../nbs/18_routers.spectra.ipynb #c7c93899
-class _Parts(Router):
-    "Parameters and vectors of SPECTRA."
+def _check_options(o: "SpectraOptions"):
+    "Raise a ValueError for a parameter out of its range."
+    for name in ("num_layers", "router_dim", "sinkhorn_iterations", "so_warmup_steps"):
+        in_range(whole(getattr(o, name), name), 1, float("inf"), name)
+    in_range(o.sinkhorn_epsilon, 0, float("inf"), "sinkhorn_epsilon", open_low=True, open_high=True)
+    in_range(o.ema_alpha, 0, 1, "ema_alpha", open_high=True)
+    weights = ("osr_repulsion_weight", "osr_saturation_weight")
+    for name in (*weights, "bias_rate", "so_lambda_max", "input_jitter_noise"):
+        in_range(getattr(o, name), 0, float("inf"), name)
 
-    depth_shared = True
+# %% ../../nbs/18_routers.spectra.ipynb #fe86001f
+@dataclass(frozen=True, kw_only=True)
+class SpectraOptions:
+    "The parameters of SPECTRA beyond those of `core.Router` (seed document 001). ValueError out of their ranges."
 
-    def __init__(
-        self,
-        rule: Rule,
-        hidden_size: int,
-        num_experts: int,
-        k: int | None = None,
-        eval_rule: Rule | None = None,
-        losses: dict[str, float] | None = None,
-        *,  # as `core.Router`
-        num_layers: int = 1,  # L, MoE layers that share it
-        router_dim: int = 32,  # R
-        osr_repulsion_weight: float = 0.5,
-        osr_saturation_weight: float = 0.0,
-        osr_saturation_threshold: float = 0.7,
-        sinkhorn_epsilon: float = 0.1,
-        sinkhorn_iterations: int = 3,
-        log_sinkhorn_enabled: bool = True,
-        enable_sinkhorn: bool = True,
-        sinkhorn_inference: bool = False,
-        adaptive_loss_scaling: bool = False,  # epsilon rises with the imbalance
-        router_entropy_coef: float = 1e-3,
-        cosine_similarities_loss_coef: float = 8e-4,
-        speciality_loss_coef: float = 0.0,
-        srip_enabled: bool = True,
-        ortho_loss_coef: float = 1e-2,
-        so_lambda_max: float = 5e-2,
-        so_warmup_steps: int = 100,
-        bias_rate: float = 1e-3,  # of the explicit bias, an optimizer step; 0: none
-        ema_alpha: float = 0.9,  # memory of the running representations, in optimizer steps
-        input_jitter_noise: float = 0.0,  # in training, hidden states times U(1 - j, 1 + j)
-        newton_schulz_steps: int = 0,
-        projector_scale: float = 1.0,  # seed 001 says .1, its code 1; cosines do not see it, the optimizer does
-        use_expression: bool = True,
-        use_gru: bool = True,  # False: a constant vector for each expert; a linear map of the hidden state
-        as_shipped: bool = False,
-    ):  # wrong sign, epsilon scaled twice, no orthogonality loss, Sinkhorn and batch representations also in evaluation
-        for name, low, open_low in (
-            ("num_layers", 1, False),
-            ("router_dim", 1, False),
-            ("sinkhorn_iterations", 1, False),
-            ("so_warmup_steps", 1, False),
-        ):
-            in_range(whole(locals()[name], name), low, float("inf"), name)
-        in_range(sinkhorn_epsilon, 0, float("inf"), "sinkhorn_epsilon", open_low=True, open_high=True)
-        in_range(ema_alpha, 0, 1, "ema_alpha", open_high=True)
-        for name in (
-            "osr_repulsion_weight",
-            "osr_saturation_weight",
-            "bias_rate",
-            "so_lambda_max",
-            "input_jitter_noise",
-        ):
-            in_range(locals()[name], 0, float("inf"), name)
-        given = {
-            n: v
-            for n, v in locals().items()
-            if n
-            not in (
-                "self",
-                "rule",
-                "hidden_size",
-                "num_experts",
-                "k",
-                "eval_rule",
-                "losses",
-                "name",
-                "low",
-                "open_low",
-                "__class__",
-            )
-        }
-        own = {
-            "srip": ortho_loss_coef if srip_enabled and not as_shipped else 0,
-            "router_entropy": router_entropy_coef,
-            "cosine": cosine_similarities_loss_coef,
-            "speciality": speciality_loss_coef,
-        }
-        super().__init__(
-            rule, hidden_size, num_experts, k, eval_rule, {**(losses or {}), **{n: c for n, c in own.items() if c}}
-        )
+    num_layers: int = 1  # L, MoE layers that share it
+    router_dim: int = 32  # R
+    osr_repulsion_weight: float = 0.5  # lambda of the cost
+    osr_saturation_weight: float = 0.0  # beta of the cost
+    osr_saturation_threshold: float = 0.7  # tau of the cost
+    sinkhorn_epsilon: float = 0.1  # temperature
+    sinkhorn_iterations: int = 3  # pairs of row and column steps
+    log_sinkhorn_enabled: bool = True  # by logarithms, else by products
+    enable_sinkhorn: bool = True  # else a softmax
+    sinkhorn_inference: bool = False  # Sinkhorn also in evaluation, which then needs a batch
+    adaptive_loss_scaling: bool = False  # epsilon rises with the imbalance
+    router_entropy_coef: float = 1e-3  # of the plan's entropy
+    cosine_similarities_loss_coef: float = 8e-4  # of the mean squared similarity
+    speciality_loss_coef: float = 0.0  # of `speciality`
+    srip_enabled: bool = True  # the orthogonality loss
+    ortho_loss_coef: float = 1e-2  # its coefficient
+    so_lambda_max: float = 5e-2  # its weight after the warm-up
+    so_warmup_steps: int = 100  # of the warm-up, optimizer steps
+    bias_rate: float = 1e-3  # of the explicit bias, an optimizer step; 0: none
+    ema_alpha: float = 0.9  # memory of the running representations, in optimizer steps
+    input_jitter_noise: float = 0.0  # in training, hidden states times U(1 - j, 1 + j)
+    newton_schulz_steps: int = 0  # that orthogonalise the projector in every forward
+    projector_scale: float = 1.0  # the seed document says .1, its code 1; cosines do not see it, the optimizer does
+    use_expression: bool = True  # False: a constant vector for each expert
+    use_gru: bool = True  # False: a linear map of the hidden state
+    as_shipped: bool = False  # wrong sign, epsilon scaled twice, no SRIP, evaluation sees the batch as training does
+
+    def __post_init__(self):
+        _check_options(self)
+
+# %% ../../nbs/18_routers.spectra.ipynb #4e99eb59
+def _own_losses(o: SpectraOptions) -> dict[str, float]:
+    "The losses of SPECTRA that have a coefficient."
+    coefficients = {
+        "srip": o.ortho_loss_coef if o.srip_enabled and not o.as_shipped else 0,
+        "router_entropy": o.router_entropy_coef,
+        "cosine": o.cosine_similarities_loss_coef,
+        "speciality": o.speciality_loss_coef,
+    }
+    return {name: c for name, c in coefficients.items() if c}
+
+
+def _draw_weights(o: SpectraOptions, H: int, E: int) -> dict[str, nn.Parameter]:
+    "The parameters: inputs Xavier uniform, recurrent and projector orthogonal."
+    R, made = o.router_dim, {}
+    if o.use_gru:
+        made |= {"input_weight": torch.empty(3, E, R, H), "input_bias": torch.zeros(3, E, R)}
+        made |= {"state_weight": torch.empty(3, E, R, E, R), "state_bias": torch.zeros(3, E, R)}
+        for i in range(3):
+            nn.init.xavier_uniform_(made["input_weight"][i].view(E * R, H))
+            nn.init.orthogonal_(made["state_weight"][i].view(E * R, E * R))
+    else:
+        made["linear_weight"] = nn.init.xavier_uniform_(torch.empty(E * R, H)).view(E, R, H)
+    if o.use_expression:
+        projector = nn.init.orthogonal_(torch.empty(E * R, H), gain=o.projector_scale)
+        made["projector"] = projector.view(E, R, H)
+    else:
+        made["expert_vectors"] = nn.init.normal_(torch.empty(E, R))
+    return {name: nn.Parameter(value) for name, value in made.items()}
+
+
+def _start_state(o: SpectraOptions, E: int) -> dict[str, Tensor]:
+    "What moves between optimizer steps, by layer where it has one."
+    steps, cv_ema = torch.zeros((), dtype=torch.int64), torch.ones(())  # CV of the plan's columns; 1 as shipped
+    expressions, bias = torch.zeros(o.num_layers, E, o.router_dim), torch.zeros(o.num_layers, E)
+    return {"steps": steps, "cv_ema": cv_ema, "mean_expression": expressions, "expert_bias": bias}
+
+# %% ../../nbs/18_routers.spectra.ipynb #97502897
+_EXPERT_AXES = {
+    **dict.fromkeys(("input_weight", "input_bias", "state_bias", "mean_expression", "expert_bias"), (1,)),
+    "state_weight": (1, 3),
+    **dict.fromkeys(("steps", "cv_ema"), ()),
+}  # of parameters and buffers whose experts do not lie on the first axis
+
+
+def _matrix_flops(o, H: int, E: int, L: int) -> float:
+    "2 E R (3 H + 3 E R (L - 1) / L + H) with all parts: the first of L layers has no state to multiply."
+    size = E * o.router_dim
+    scores = 2.0 * size * (3 * H + 3 * size * (L - 1) / L) if o.use_gru else 2.0 * size * H
+    expressions = 2.0 * size * H if o.use_expression else 0
+    return scores + expressions + 2.0 * size + (2.0 * E * E if o.osr_repulsion_weight else 0)
+
+# %% ../../nbs/18_routers.spectra.ipynb #622e5cdb
+class SpectraWeights(Router):
+    "What SPECTRA is made of: parameters and state of the one router that all layers share."
+
+    depth_shared, options = True, SpectraOptions
+
+    def __init__(self, rule: Rule, hidden_size: int, num_experts: int, k=None, eval_rule=None, losses=None, **options):
+        o = SpectraOptions(**options)
+        super().__init__(rule, hidden_size, num_experts, k, eval_rule, {**(losses or {}), **_own_losses(o)})
         self.weight, self.noted = None, None
-        for name, value in given.items():
+        for name, value in vars(o).items():
             setattr(self, name, value)
-        self._weights(hidden_size, num_experts, router_dim)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # optimizer steps so far
-        self.register_buffer("cv_ema", torch.ones(()))  # of the plan's column sums; starts at 1 as shipped
-        self.register_buffer("mean_expression", torch.zeros(num_layers, num_experts, router_dim))
-        self.register_buffer("expert_bias", torch.zeros(num_layers, num_experts))
+        for name, p in _draw_weights(o, hidden_size, num_experts).items():
+            self.register_parameter(name, p)
+        for name, start in _start_state(o, num_experts).items():
+            self.register_buffer(name, start)
 
-    def _weights(self, H: int, E: int, R: int):
-        "Draw the parameters: inputs Xavier uniform, recurrent and projector orthogonal."
-        new = lambda *shape: nn.Parameter(torch.empty(*shape))
-        if self.use_gru:
-            self.input_weight = new(3, E, R, H)
-            self.input_bias = new(3, E, R)
-            self.state_weight = new(3, E, R, E, R)
-            self.state_bias = new(3, E, R)
-            for i in range(3):
-                nn.init.xavier_uniform_(self.input_weight[i].data.view(E * R, H))
-                nn.init.orthogonal_(self.state_weight[i].data.view(E * R, E * R))
-            nn.init.zeros_(self.input_bias)
-            nn.init.zeros_(self.state_bias)
-        else:
-            self.linear_weight = new(E, R, H)
-            nn.init.xavier_uniform_(self.linear_weight.data.view(E * R, H))
-        if self.use_expression:
-            self.projector = new(E, R, H)
-            nn.init.orthogonal_(self.projector.data.view(E * R, H), gain=self.projector_scale)
-        else:
-            self.expert_vectors = new(E, R)
-            nn.init.normal_(self.expert_vectors)
+    def permute_(self, order: Tensor) -> None:
+        for name, p in (*self.named_parameters(), *self.named_buffers()):
+            for axis in _EXPERT_AXES.get(name, (0,)):
+                p.data.copy_(p.data.index_select(axis, order))
+
+    def flops(self, num_layers: int | None = None) -> float:
+        "Matrix FLOPs of one token in one layer, averaged over the layers."
+        H = (self.input_weight if self.use_gru else self.linear_weight).shape[-1]
+        return _matrix_flops(self, H, self.num_experts, num_layers or self.num_layers)
+
+    def extra_repr(self) -> str:
+        switches = ("use_gru", "use_expression", "enable_sinkhorn", "sinkhorn_inference", "as_shipped")
+        parts = ", ".join(n for n in switches if getattr(self, n))
+        sizes = f"{self.num_experts} experts x {self.router_dim}, {self.num_layers} layers"
+        return f"{sizes}, {parts}, {self.rule.describe()}, losses {self.losses}"
 
 # %% ../../nbs/18_routers.spectra.ipynb #c710168b
-class _Scored(_Parts):
-    "From hidden states to a plan."
+def spectra_vectors(
+    router: SpectraWeights,  # of E experts and R numbers for each
+    hidden: Tensor,  # (T, H) float32
+    state: Tensor | None,  # (T, E, R) from the layer before; None: zeros
+) -> tuple[Tensor, Tensor, Tensor | None]:  # routing vectors and expressions of unit length, new state: (T, E, R) each
+    "What the state of a token says of each expert, and what its hidden state expresses."
+    E, R = router.num_experts, router.router_dim
+    if router.use_gru:
+        weights = router.input_weight, router.input_bias, router.state_weight, router.state_bias
+        r = state = gru_step(hidden, state, *weights)
+    else:
+        r = linear(hidden, router.linear_weight.view(E * R, -1)).view(-1, E, R)
+    if not router.use_expression:
+        return normalize(r, dim=-1), normalize(router.expert_vectors, dim=-1).expand(len(r), E, R), state
+    P = router.projector.view(E * R, -1)
+    if router.newton_schulz_steps:
+        P = newton_schulz(P, router.newton_schulz_steps)
+    return normalize(r, dim=-1), normalize(linear(hidden, P).view(-1, E, R), dim=-1), state
 
-    def vectors(self, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        "Routing vectors and expressions, unit length, and the new state: (T, E, R) each."
-        E, R = self.num_experts, self.router_dim
-        if self.use_gru:
-            r = state = gru_step(hidden, state, self.input_weight, self.input_bias, self.state_weight, self.state_bias)
-        else:
-            r = linear(hidden, self.linear_weight.view(E * R, -1)).view(-1, E, R)
-        if not self.use_expression:
-            return normalize(r, dim=-1), normalize(self.expert_vectors, dim=-1).expand(len(r), E, R), state
-        P = self.projector.view(E * R, -1)
-        if self.newton_schulz_steps:
-            P = newton_schulz(P, self.newton_schulz_steps)
-        return normalize(r, dim=-1), normalize(linear(hidden, P).view(-1, E, R), dim=-1), state
+# %% ../../nbs/18_routers.spectra.ipynb #3c1f68ab
+def _batchwise(router: Router) -> bool:
+    "Does the router decide as in training?"
+    return router.training or router.as_trained
 
-    def _batchwise(self) -> bool:
-        "Does the router decide as in training?"
-        return self.training or self.as_trained
+
+def _log_plan(router: "SpectraRouter", logits: Tensor, context: Context) -> Tensor:
+    "Logarithm of the plan (T, E) from logits = scores / epsilon: balanced over the batch, or token by token."
+    epsilon = router.epsilon()
+    if not (router.enable_sinkhorn and (_batchwise(router) or router.sinkhorn_inference or router.as_shipped)):
+        return logits.log_softmax(-1)
+    if not _batchwise(router):
+        view = GateView(logits, logits, lambda experts: experts, 1, context)
+        refuse_generation(view, "Sinkhorn at inference", "set sinkhorn_inference=False")
+    return osr_plan(logits * epsilon, epsilon, router.sinkhorn_iterations, router.log_sinkhorn_enabled, context.valid)
+
+
+def _logits(router: "SpectraRouter", s: Tensor, g: Tensor, layer: int) -> Tensor:
+    "Scores over epsilon (T, E) from similarities s (T, E) and the representations g (E, R) of the batch."
+    steady = g
+    if not (_batchwise(router) or router.as_shipped):
+        steady = normalize(router.mean_expression[layer], dim=-1)
+    saturation = router.osr_saturation_weight, router.osr_saturation_threshold
+    cost = osr_cost(s, steady, router.osr_repulsion_weight, *saturation)
+    logits = (cost if router.as_shipped else -cost) / router.epsilon()
+    if not logits.detach().sum().isfinite():
+        raise ValueError(
+            f"SPECTRA's logits are NaN or infinite in layer {layer}: look for an overflow in the layers before it"
+        )
+    return logits
+
+
+def _jittered(x: Tensor, share: float, context: Context) -> Tensor:
+    "Hidden states (T, H) times U(1 - share, 1 + share), drawn by forward and layer."
+    noise = 2 * torch.rand(x.shape, generator=keyed_generator(0, context)).to(x.device) - 1
+    return x * (1 + share * noise)
+
+# %% ../../nbs/18_routers.spectra.ipynb #c4cedd43
+def _losses(router: "SpectraRouter", plan: Tensor, s: Tensor, r: Tensor, g: Tensor, valid: Tensor | None) -> dict:
+    "The losses that have a coefficient, unweighted."
+    if not (router.training and torch.is_grad_enabled()):
+        return {}
+    ramp = router.so_lambda_max * (router.steps / router.so_warmup_steps).clamp_max(1)
+    make = {
+        "srip": lambda: ramp * soft_orthogonality(g),
+        "router_entropy": lambda: _mean(-(plan * (plan + 1e-8).log()).sum(-1), valid),
+        "cosine": lambda: _mean(s.square().mean(-1), valid),
+        "speciality": lambda: speciality(r, g, valid),
+    }
+    return {name: f() for name, f in make.items() if name in router.losses}
+
+
+def _decision(router: "SpectraRouter", x: Tensor, context: Context, state) -> tuple[Routing, Tensor, Tensor | None]:
+    "The decision for hidden states (T, H) float32, the expressions (T, E, R), and the state for the next layer."
+    if context.layer >= router.num_layers:
+        raise ValueError(
+            f"layer {context.layer} of a SpectraRouter made for {router.num_layers}: "
+            "make it with num_layers = the model's MoE layers"
+        )
+    if router.training and router.input_jitter_noise:
+        x = _jittered(x, router.input_jitter_noise, context)
+    r, e, state = spectra_vectors(router, x, state)
+    s, g = (r * e).sum(-1), expert_representation(e, context.valid)
+    view = router.view(_logits(router, s, g, context.layer), context)
+    routing = ((None if _batchwise(router) else router.eval_rule) or router.rule)(view)
+    plan = view.weigh(torch.arange(router.num_experts, device=s.device).expand(len(s), -1))
+    more = {"plan": plan, "similarity": s, "representation": g}
+    more["losses"] = _losses(router, plan, s, r, g, context.valid)
+    return replace(routing, extras={**routing.extras, **more}), e, state
+
+# %% ../../nbs/18_routers.spectra.ipynb #c6a9970e
+@torch.no_grad()
+def _note(router: "SpectraRouter", context: Context, routing: Routing, e: Tensor):
+    "Add sums over this forward's tokens: expressions (E, R), demand, plan, tokens (E,) each."
+    plan = routing.extras["plan"]
+    valid = torch.ones(len(plan), dtype=torch.bool, device=plan.device) if context.valid is None else context.valid
+    demand = routing.extras.get("demand", routing.load).float()
+    planned, tokens = (plan * valid[:, None]).sum(0), valid.sum().float().expand(router.num_experts)
+    row = torch.cat([(e * valid[:, None, None]).sum(0), torch.stack([demand, planned, tokens], 1)], 1)
+    if router.noted is None:
+        router.noted = row.new_zeros(router.num_layers, *row.shape)
+    router.noted[context.layer] += row
+
+
+def _move_state(router: "SpectraRouter", sums: Tensor):
+    "Running representations, imbalance, bias and step counter from sums (L, E, R + 3) over all processes."
+    seen = sums[:, 0, -1] > 0
+    if not seen.any():
+        return
+    expressed, demand, plan = sums[seen, :, :-3] / sums[seen, :, -1:], sums[seen, :, -3], sums[seen, :, -2]
+    router.mean_expression[seen] = router.ema_alpha * router.mean_expression[seen] + (1 - router.ema_alpha) * expressed
+    router.cv_ema.lerp_((plan.std(-1, unbiased=False) / plan.mean(-1).clamp_min(1e-9)).mean(), 0.05)
+    if router.bias_rate:
+        bias = router.expert_bias[seen] + router.bias_rate * (demand.mean(-1, keepdim=True) - demand).sign()
+        router.expert_bias[seen] = bias - bias.mean(-1, keepdim=True)
+    router.steps += 1
+
+# %% ../../nbs/18_routers.spectra.ipynb #eccd1457
+class SpectraRouter(SpectraWeights):
+    "One router for all layers: state through depth, expressions, OSR cost, Sinkhorn plan, bias (seed document 001)."
 
     def epsilon(self) -> float:
         "The temperature in force."
-        if not (self.adaptive_loss_scaling and self._batchwise()):
+        if not (self.adaptive_loss_scaling and _batchwise(self)):
             return self.sinkhorn_epsilon
         cv = float(self.cv_ema)
         return self.sinkhorn_epsilon * (1 + min(cv, 5)) * (1 + min(cv, 3) if self.as_shipped else 1)
 
     def view(self, logits: Tensor, context: Context) -> GateView:
         "Plan, ranking and weights from logits = scores / epsilon (T, E)."
-        epsilon, valid = self.epsilon(), context.valid
-        balanced = self.enable_sinkhorn and (self._batchwise() or self.sinkhorn_inference or self.as_shipped)
-        if balanced:
-            if not self._batchwise():
-                refuse_generation(
-                    GateView(logits, logits, lambda e: e, 1, context),
-                    "Sinkhorn at inference",
-                    "set sinkhorn_inference=False",
-                )
-            logs = osr_plan(logits * epsilon, epsilon, self.sinkhorn_iterations, self.log_sinkhorn_enabled, valid)
-        else:
-            logs = logits.log_softmax(-1)
-        P = logs.exp()
-        return GateView(
-            logits,
-            logs.detach() + self.expert_bias[context.layer] / epsilon,
-            lambda experts: one_past_last(experts, P),
-            self.k or min(8, self.num_experts),
-            context,
-        )
+        logs, k = _log_plan(self, logits, context), self.k or min(8, self.num_experts)
+        P, choice = logs.exp(), logs.detach() + self.expert_bias[context.layer] / self.epsilon()
+        return GateView(logits, choice, lambda experts: one_past_last(experts, P), k, context)
 
-# %% ../../nbs/18_routers.spectra.ipynb #c4cedd43
-class _Deciding(_Scored):
-    "From a plan to a decision and its losses."
-
-    def forward(
-        self, hidden: Tensor, context: Context | None = None, state: Tensor | None = None
-    ) -> tuple[Routing, Tensor | None]:
+    def forward(self, hidden: Tensor, context: Context | None = None, state=None) -> tuple[Routing, Tensor | None]:
         "Hidden states (T, H) of one layer to a decision, and the state (T, E, R) for the next layer."
         context = context or Context()
-        if context.layer >= self.num_layers:
-            raise ValueError(
-                f"layer {context.layer} of a SpectraRouter made for {self.num_layers}: make it with num_layers = the model's MoE layers"
-            )
         with torch.autocast(hidden.device.type, enabled=False):
-            x = hidden.float()
-            if self.training and self.input_jitter_noise:
-                x = x * (
-                    1
-                    + self.input_jitter_noise
-                    * (2 * torch.rand(x.shape, generator=keyed_generator(0, context)).to(x.device) - 1)
-                )
-            r, e, state = self.vectors(x, state)
-            s, g = (r * e).sum(-1), expert_representation(e, context.valid)
-            steady = (
-                g if self._batchwise() or self.as_shipped else normalize(self.mean_expression[context.layer], dim=-1)
-            )
-            cost = osr_cost(
-                s, steady, self.osr_repulsion_weight, self.osr_saturation_weight, self.osr_saturation_threshold
-            )
-            logits = (cost if self.as_shipped else -cost) / self.epsilon()
-            if not logits.detach().sum().isfinite():
-                raise ValueError(
-                    f"SPECTRA's logits are NaN or infinite in layer {context.layer}: look for an overflow in the layers before it"
-                )
-            view = self.view(logits, context)
-            later = None if self._batchwise() else self.eval_rule
-            routing = (later or self.rule)(view)
-            plan = view.weigh(torch.arange(self.num_experts, device=s.device).expand(len(s), -1))
-            extras = {
-                **routing.extras,
-                "plan": plan,
-                "similarity": s,
-                "representation": g,
-                "losses": self._losses(plan, s, r, g, context.valid),
-            }
-        if (
-            self.training and torch._C._current_graph_task_id() == -1
-        ):  # -1: not in a backward pass that runs a forward again
-            self._note(context, routing, plan.detach(), e.detach())
-        return replace(routing, extras=extras), state
-
-    def _losses(self, plan: Tensor, s: Tensor, r: Tensor, g: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        "The losses that have a coefficient, unweighted."
-        if not (self.training and torch.is_grad_enabled()):
-            return {}
-        ramp = self.so_lambda_max * (self.steps / self.so_warmup_steps).clamp_max(1)
-        make = {
-            "srip": lambda: ramp * soft_orthogonality(g),
-            "router_entropy": lambda: _mean(-(plan * (plan + 1e-8).log()).sum(-1), valid),
-            "cosine": lambda: _mean(s.square().mean(-1), valid),
-            "speciality": lambda: speciality(r, g, valid),
-        }
-        return {name: f() for name, f in make.items() if name in self.losses}
-
-# %% ../../nbs/18_routers.spectra.ipynb #c6a9970e
-class SpectraRouter(_Deciding):
-    "One router for all layers, with a state through depth, an expression projector, OSR cost, Sinkhorn plan and bias (seed 001)."
-
-    @torch.no_grad()
-    def _note(self, context: Context, routing: Routing, plan: Tensor, e: Tensor):
-        "Add sums over this forward's tokens: expressions (E, R), demand, plan, tokens (E,) each."
-        valid = torch.ones(len(plan), dtype=torch.bool, device=plan.device) if context.valid is None else context.valid
-        demand = routing.extras.get("demand", routing.load)
-        row = torch.cat(
-            [
-                (e * valid[:, None, None]).sum(0),
-                demand.float()[:, None],
-                (plan * valid[:, None]).sum(0)[:, None],
-                valid.sum().float().expand(self.num_experts, 1),
-            ],
-            1,
-        )
-        if self.noted is None:
-            self.noted = row.new_zeros(self.num_layers, *row.shape)
-        self.noted[context.layer] += row
+            routing, e, state = _decision(self, hidden.float(), context, state)
+        if decides_anew(self):
+            _note(self, context, routing, e)
+        return routing, state
 
     @torch.no_grad()
     def steer(self, gather=alone) -> None:
         "Once after an optimizer step: running representations, imbalance, bias, and the step counter of the warm-up."
-        if self.noted is None:
-            self.noted = self.mean_expression.new_zeros(self.num_layers, self.num_experts, self.router_dim + 3)
-        whole_, self.noted = gather(self.noted[None]).sum(0), None
-        seen = whole_[:, 0, -1] > 0
-        if not seen.any():
-            return
-        expressed, demand, plan = whole_[seen, :, :-3] / whole_[seen, :, -1:], whole_[seen, :, -3], whole_[seen, :, -2]
-        self.mean_expression[seen] = self.ema_alpha * self.mean_expression[seen] + (1 - self.ema_alpha) * expressed
-        self.cv_ema.lerp_((plan.std(-1, unbiased=False) / plan.mean(-1).clamp_min(1e-9)).mean(), 0.05)
-        if self.bias_rate:
-            bias = self.expert_bias[seen] + self.bias_rate * (demand.mean(-1, keepdim=True) - demand).sign()
-            self.expert_bias[seen] = bias - bias.mean(-1, keepdim=True)
-        self.steps += 1
+        shape = self.num_layers, self.num_experts, self.router_dim + 3
+        mine, self.noted = self.mean_expression.new_zeros(shape) if self.noted is None else self.noted, None
+        _move_state(self, gather(mine[None]).sum(0))
 
     def forget(self) -> None:
-        "Drop what was noted since the last `steer`: the step is done again."
         self.noted = None
-
-    def permute_(self, order: Tensor) -> None:
-        "Put the experts into another order, in weights and state."
-        for name, p in (*self.named_parameters(), *self.named_buffers()):
-            axes = {
-                "input_weight": (1,),
-                "input_bias": (1,),
-                "state_weight": (1, 3),
-                "state_bias": (1,),
-                "mean_expression": (1,),
-                "expert_bias": (1,),
-                "steps": (),
-                "cv_ema": (),
-            }.get(name, (0,))
-            for axis in axes:
-                p.data.copy_(p.data.index_select(axis, order))
-
-    def flops(self, num_layers: int | None = None) -> float:
-        "Matrix FLOPs of one token in one layer, averaged over the layers: 2 E R (3 H + 3 E R (L - 1) / L + H) with all parts."
-        E, R, L = self.num_experts, self.router_dim, num_layers or self.num_layers
-        H = (self.input_weight if self.use_gru else self.linear_weight).shape[-1]
-        size = E * R
-        scores = 2.0 * size * (3 * H + 3 * size * (L - 1) / L) if self.use_gru else 2.0 * size * H
-        return (
-            scores
-            + (2.0 * size * H if self.use_expression else 0)
-            + 2.0 * size
-            + (2.0 * E * E if self.osr_repulsion_weight else 0)
-        )
-
-    def extra_repr(self) -> str:
-        "Sizes and the parts that are on."
-        parts = [
-            n
-            for n in ("use_gru", "use_expression", "enable_sinkhorn", "sinkhorn_inference", "as_shipped")
-            if getattr(self, n)
-        ]
-        return f"{self.num_experts} experts x {self.router_dim}, {self.num_layers} layers, {', '.join(parts)}, {self.rule.describe()}, losses {self.losses}"
