@@ -2,11 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from made_up import read_report
 from scipy.stats import binom
 
 from moe_routing.capacity import (
@@ -26,10 +27,12 @@ from moe_routing.capacity import (
     share_cv,
     shares_from_cv,
 )
-from moe_routing.studies.capacity import capacity_report
 from moe_routing.core import Context, Routing, as_view
 from moe_routing.routers.adaptive import TopP
 from moe_routing.routers.topk import TopK
+from moe_routing.runs.run import template_path, template_protocol
+from moe_routing.studies.capacity import SEED_KEYS
+from moe_routing.studies.findings import read_findings
 
 
 def random_routing(T, E, K, seed, dtype=torch.float32, holes=True, ties=True):
@@ -372,55 +375,53 @@ def test_law_of_measured_batches():
     )
 
 
-def test_report_of_some_runs(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-    import moe_routing.studies.capacity as module
+def made_up_capacity(folder: Path, kinds=("iid", "skewed", "trained")) -> Path:
+    "Records of a capacity study whose drop rates are planted: even routing drops nothing at 1.1, the others do."
+    lines = []
+    for kind in kinds:
+        factors, drop = [1.0, 1.05, 1.1], {"iid": [0.2, 0.1, 0.0]}.get(kind, [0.3, 0.2, 0.1])
+        notes = {"name": "x", "num_tokens": 64, "hidden_dim": 4, "num_experts": 8, "top_k": 2, "dtype": "float32"}
+        notes |= {"device": "cpu", "routing": kind, "bytes_per_token_strict": 1, "iters": 2, "demand_cv": 0.1}
+        metrics = {
+            "capacity_factor": factors,
+            "avg_drop_rate": drop,
+            "expected_drop_rate": drop,
+            "expected_from_cv": drop,
+        }
+        metrics |= {"orphan_rate": drop, "worst_batch_error": [0.01] * 3, "batches_within_2": [1.0] * 3}
+        metrics |= {c: [2.0, 2.5, 3.0] for c in ("avg_ms", "median_ms", "low_ms", "high_ms", "tokens_per_s")}
+        metrics |= {"reference_drop_rate": [None] * 3, "reference_expected": [None] * 3}
+        run = {"run": kind, "group": kind, "template": "capacity_bench", "status": "finished", "metrics": metrics}
+        protocol = template_protocol(template_path("capacity_bench"))
+        lines.append({**run, "protocol": protocol, "parameters": {"model": "tiny", "routing": kind}, "notes": notes})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
-    study = SimpleNamespace(question="a question", report_options={"tolerance": 0.001, "publish": True})
-    plan = SimpleNamespace(study=study, folder=tmp_path, runs={"a": {}, "b": {}}, overrides={})
-    monkeypatch.setattr(module, "load_runs", lambda folder: pd.DataFrame([]))
-    with pytest.raises(ValueError, match="none of its 2 runs"):
-        capacity_report(plan)
-    one = {name: [0.1, 0.2] for name in (*module.SEED_KEYS, *module.MORE_KEYS)} | {"capacity_factor": [1.0, 1.1]}
-    notes = {
-        "num_experts": 8,
-        "top_k": 2,
-        "num_tokens": 64,
-        "hidden_dim": 4,
-        "dtype": "float32",
-        "device": "cpu",
-        "routing": "iid",
-        "name": "x",
-        "bytes_per_token_strict": 1,
-        "iters": 2,
-        "reference_tokens": None,
-        "demand_cv": 0.1,
-    }
-    monkeypatch.setattr(
-        module,
-        "load_runs",
-        lambda folder: pd.DataFrame(
-            [
-                {
-                    "run": "a",
-                    "code": "x",
-                    "notes": notes,
-                    **one,
-                    "reference_drop_rate": [None, None],
-                    "reference_expected": [None, None],
-                }
-            ]
-        ),
-    )
-    text = capacity_report(plan).read_text()
-    assert "1 of 2 runs" in text and "missing: 1, first `b`" in text and "undecided" in text
+
+def test_report_counts_the_cases_that_hold(tmp_path):
+    record = made_up_capacity(tmp_path / "capacity")
+    read_report("capacity", record=str(record), out=str(tmp_path))
+    found = read_findings(tmp_path)
+    claim = found["capacity.claim_105"].values
+    assert (claim["hold"], claim["cases"], claim["factor"]) == (1, 3, 1.1) and claim["most"] == pytest.approx(10)
+    assert found["capacity.claim.iid.1.05"].values["fail"] == 1 and found["capacity.claim.iid.1.1"].values["hold"] == 1
+    assert found["capacity.drop_law"].values["largest"] == 0 and found["capacity.cost"].values["median"] == 1.5
+    assert found["capacity.claim_105"].runs == ("iid", "skewed", "trained")
     lines = [json.loads(line) for line in (tmp_path / "capacity_cf_multi.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and list(lines[0])[:13] == module.SEED_KEYS
-    assert all(
-        (tmp_path / f"capacity_{n}.{e}").exists()
-        for n in ("drop_rate_multi", "tokens_per_s_multi")
-        for e in ("png", "csv")
-    )
-    study.report_options = {"tolerence": 1}
-    with pytest.raises(ValueError, match="tolerance"):
-        capacity_report(plan)
+    assert len(lines) == 9 and list(lines[0])[:13] == SEED_KEYS
+    figures = {f"capacity-{w}.{e}" for w in ("drop_rate_multi", "tokens_per_s_multi") for e in ("png", "csv")}
+    assert figures <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_report_of_one_kind_and_bad_input(tmp_path):
+    record = made_up_capacity(tmp_path / "one", ("iid",))
+    findings = {f.key: f for f in read_report("capacity", record=str(record))["report"].findings}
+    assert findings["capacity.claim_105"].values["cases"] == 1 and "no experts" in findings["capacity.setting"].text
+    with pytest.raises(ValueError, match="'tolerence'.*tolerance"):
+        read_report("capacity", record=str(record), options={"tolerence": 1})
+    with pytest.raises(ValueError, match="make run STUDY=capacity"):
+        read_report("capacity", record=str(tmp_path / "nothing"))
+    (record / "runs.jsonl").write_text((record / "runs.jsonl").read_text() + "{")
+    with pytest.raises(ValueError, match="runs.jsonl, line 2: broken"):
+        read_report("capacity", record=str(record))

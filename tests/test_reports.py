@@ -1,11 +1,15 @@
-"""Reports: fronts against brute force, interpolation, verdicts on made-up studies with a known answer, refusal of unfinished studies."""
+"""Reports: fronts against brute force, interpolation, verdicts on made-up studies, refusal of unfinished studies."""
+
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from moe_routing.studies import bh as reports, runs
 from moe_routing.routers.pvalue import bh_count
+from moe_routing.runs.study import plan_study
+from moe_routing.studies import bh as reports
+from moe_routing.studies.report import build_report, publish_report
 
 
 def test_front_against_brute_force():
@@ -71,15 +75,19 @@ def test_noise_columns_are_what_noise_does():
 
 
 def test_an_unfinished_study_is_not_reported(root, tmp_path):
-    plan = runs.plan_study("smoke", {"limit": 3})
-    plan = runs.Plan(plan.study, tmp_path, plan.runs, plan.prepare, plan.overrides)
-    with pytest.raises(ValueError, match="4 of 4 runs are not finished"):
-        reports.build_report(plan)
+    plan = plan_study("smoke", {"limit": 3})
+    plan = replace(plan, folder=tmp_path / "smoke", study=replace(plan.study, report="bh"))
+    with pytest.raises(RuntimeError, match="no finished run of smoke"):
+        build_report(plan)
+    assert not list((tmp_path / "smoke").glob("report.*"))
 
 
-def test_an_unknown_report_offers_the_known_ones(root):
-    from dataclasses import replace
+def test_an_unknown_report_offers_the_known_ones(root, tmp_path):
+    plan = plan_study("smoke")
+    with pytest.raises(ValueError, match="unknown study notebook 'bh_report'.*bh"):
+        build_report(replace(plan, folder=tmp_path, study=replace(plan.study, report="bh_report")))
 
-    plan = runs.plan_study("smoke")
-    with pytest.raises(ValueError, match="bh_routing_report"):
-        reports.build_report(replace(plan, study=replace(plan.study, report="bh_report")))
+
+def test_a_study_without_a_record_is_named(root):
+    with pytest.raises(ValueError, match="make publish STUDY=smoke"):
+        publish_report("smoke")

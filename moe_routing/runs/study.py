@@ -263,7 +263,9 @@ def load_runs(
         old = is_stale(record, root)
         if record["run"] == "prepare" or record["status"] != "finished" or (old and not stale):
             continue
-        models.setdefault((record["parameters"].get("model"), _made_alike(record)), {})[made_on(record)] = record["run"]
+        if made_on(record):  # a run that loads no model is of none
+            name = record["parameters"].get("model"), _made_alike(record)
+            models.setdefault(name, {})[made_on(record)] = record["run"]
         main = {k: record.get(k) for k in ("run_id", "template", "protocol", "seconds", "commit", "documents", "notes")}
         facts = {"group": record["group"], "stale": old, **main}
         rows.append({"run": record["run"], **record["parameters"], **record["metrics"], **facts})

@@ -75,7 +75,8 @@ def at_mean_k(
     k: float,
     column: str,  # from `fixed_curve`; mean experts; "loss" or "correct"
 ) -> pd.Series:
-    "A per-document column of fixed routing at a mean k that need not be whole, interpolated linearly. ValueError outside the measured range."
+    """A per-document column of fixed routing at a mean k that need not be whole, interpolated linearly. ValueError
+    outside the measured range."""
     ks = sorted(curve)
     if not ks or not ks[0] - 1e-6 <= k <= ks[-1] + 1e-6:
         raise ValueError(
@@ -85,7 +86,8 @@ def at_mean_k(
     high = min((x for x in ks if x >= k - 1e-6), default=ks[-1])
     if high > 2 * low:
         raise ValueError(
-            f"mean k = {k:.3f} lies between fixed k = {low} and {high}, too far apart to interpolate: add a top-k run between them"
+            f"mean k = {k:.3f} lies between fixed k = {low} and {high}, too far apart to interpolate: add a top-k run "
+            "between them"
         )
     share = 0 if high == low else (k - low) / (high - low)
     return (1 - share) * curve[low][column].astype(float) + share * curve[high][column].astype(float)
@@ -102,7 +104,8 @@ def _perplexity_ratio(mine: pd.DataFrame, other: pd.Series):
 
 # %% ../../nbs/72_studies.bh.ipynb #cf118f55
 def _accuracy_difference(mine: pd.Series, other: pd.Series):
-    "Paired difference of accuracies. Where few documents, or few of them differ, draws of a bootstrap hardly vary and dividing by their spread gives anything; there t is used."
+    """Paired difference of accuracies. Where few documents, or few of them differ, draws of a bootstrap hardly vary and
+    dividing by their spread gives anything; there t is used."""
     few = min(len(mine), int(((mine - other).abs() > 1e-9).sum())) < FEW["studentised"]
     return (paired_t if few else paired_bootstrap)(mine, other)
 
@@ -115,8 +118,9 @@ def compare_at_equal_k(
     routers: tuple = ("bh", "top_p", "threshold", "random"),  # compared with fixed top-k
 ) -> pd.DataFrame:  # one row a run: difference with interval, adjusted p, verdict
     """Every adaptive run against fixed top-k at its own mean k, paired by document, p adjusted over the table
-    (Benjamini-Hochberg). Language modelling: ratio of token-weighted perplexities, under 1 is better. Tasks: difference of
-    accuracies, over 0 is better. Runs whose mean k lies outside the fixed runs, or too far between two, are left out."""
+    (Benjamini-Hochberg). Language modelling: ratio of token-weighted perplexities, under 1 is better. Tasks: difference
+    of accuracies, over 0 is better. Runs whose mean k lies outside the fixed runs, or too far between two, are left
+    out."""
     rows = [row for run in runs[runs.router.isin(routers)].itertuples() if (row := _against_fixed(runs, run))]
     if not rows:
         return pd.DataFrame(columns=[*COMPARED, "p_adjusted", "verdict"])

@@ -56,9 +56,9 @@ def mean_cell(
     '"mean [low, high]"; the bare number where there is one value, a dash where there is none.'
     x = np.array([v for v in values if v is not None and not np.isnan(v)], dtype=float)
     if len(x) < 2:
-        return f"{x[0]:.{digits}f}" if len(x) else "-"
+        return f"{x[0]:z.{digits}f}" if len(x) else "-"
     m = mean_interval(x, level)
-    return f"{m.estimate:.{digits}f} [{m.low:.{digits}f}, {m.high:.{digits}f}]"
+    return f"{m.estimate:z.{digits}f} [{m.low:z.{digits}f}, {m.high:z.{digits}f}]"
 
 # %% ../../nbs/71_studies.tables.ipynb #c9db4b63
 def one_protocol(
