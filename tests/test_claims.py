@@ -18,7 +18,7 @@ from moe_routing.studies.claims import (
     SEEDS,
     VERDICTS,
     Claim,
-    Judged,
+    Judgement,
     claims_file,
     count_table,
     holds,
@@ -191,7 +191,7 @@ def test_a_finding_decides(tmp_path, low, high, verdict):
 @pytest.mark.parametrize("word", BY_RUNS)
 def test_no_verdict_by_runs_without_runs(tmp_path, word):
     with pytest.raises(ValueError, match="needs runs"):
-        Judged(claim(), word, "said", "demo:demo.gain")
+        Judgement(claim(), word, "said", "demo:demo.gain")
     low, high = {"reproduced": (1, 2), "corrected": (0, 0), "refuted": (-2, -1), "undecided": (-1, 1)}[word]
     root = lab(tmp_path, [Finding("demo.gain", "{low}", {"low": low, "high": high})])
     asked = by_finding(reproduced="low > 0", corrected="low == 0", refuted="high < 0")
@@ -251,9 +251,9 @@ def test_a_calculation_that_is_not_there_is_named(answer, said):
 
 
 def test_counts_keep_calculations_apart():
-    judged = [Judged(claim(id=str(i)), word, "", "s:k", ("a",)) for i, word in enumerate([*BY_RUNS, "refuted"])]
-    judged += [Judged(claim(seed="004"), "checked by calculation", "", "add", agrees=a) for a in (True, True, False)]
-    judged += [Judged(claim(seed="004"), "not testable here", "", "")]
+    judged = [Judgement(claim(id=str(i)), word, "", "s:k", ("a",)) for i, word in enumerate([*BY_RUNS, "refuted"])]
+    judged += [Judgement(claim(seed="004"), "checked by calculation", "", "add", agrees=a) for a in (True, True, False)]
+    judged += [Judgement(claim(seed="004"), "not testable here", "", "")]
     table = count_table(judged).set_index("seed")
     assert table.loc["all", "all"] == 9 and table.loc["000", "refuted"] == 2 and table.loc["004", "reproduced"] == 0
     assert table.loc["004", "checked by calculation, agrees"] == 2

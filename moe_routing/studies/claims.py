@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'BY_RUNS', 'ANSWERS', 'SEEDS', 'Claim', 'parse_rule', 'holds', 'check_answer', 'claims_file',
-           'read_claims', 'Judged', 'judge', 'count_table']
+           'read_claims', 'Judgement', 'judge', 'count_table']
 
 # %% ../../nbs/78_studies.claims.ipynb #cba7f8d1
 import ast
@@ -167,7 +167,7 @@ def read_claims(
 
 # %% ../../nbs/78_studies.claims.ipynb #7be0c5d3
 @dataclass(frozen=True)
-class Judged:
+class Judgement:
     "A claim with its verdict. ValueError for a verdict that runs would have to carry, without runs."
 
     claim: Claim
@@ -187,26 +187,26 @@ def judge(
     claim: Claim,
     calculations: dict[str, Callable] | None = None,  # name -> function that returns named values
     root: Path | None = None,  # of the repository whose findings are read
-) -> Judged:
+) -> Judgement:
     "The verdict on a claim. ValueError that names the claim for a finding, a calculation or a value that is not there."
     answer = claim.answer
     try:
         if claim.kind == "not_testable":
-            return Judged(claim, "not testable here", f"What would test it: {answer['not_testable']}", "")
+            return Judgement(claim, "not testable here", f"What would test it: {answer['not_testable']}", "")
         if claim.kind == "finding":
             said = find(answer["finding"], root)
             word = next((w for w, rule in answer["when"].items() if holds(rule, said.values)), "undecided")
-            return Judged(claim, word, said.text, answer["finding"], said.runs)
+            return Judgement(claim, word, said.text, answer["finding"], said.runs)
         name = known(answer["calculation"], calculations or {}, "calculation")
         said = Finding(name, answer["found"], calculations[name](**answer.get("with", {})))
         agrees = holds(answer["holds"], said.values)
-        return Judged(claim, "checked by calculation", said.text, name, agrees=agrees)
+        return Judgement(claim, "checked by calculation", said.text, name, agrees=agrees)
     except (TypeError, ValueError) as e:
         raise ValueError(f"{claims_file(root)}, line {claim.line}, claim {claim.id!r}: {e}") from None
 
 # %% ../../nbs/78_studies.claims.ipynb #c78b0e64
 def count_table(
-    judged: Iterable[Judged],
+    judged: Iterable[Judgement],
 ) -> pd.DataFrame:  # a row a seed document and one for all; the checks by calculation in two columns
     "How many claims of each document got which verdict."
     rows = [
