@@ -1,4 +1,4 @@
-"""The tree itself: notebooks clean, package and README made from them, nothing too large, nothing that belongs to one machine."""
+"""The tree itself: notebooks clean, package and README made from them, nothing too large, nothing of one machine."""
 
 import json
 import re
@@ -104,5 +104,7 @@ def test_nothing_of_one_machine_is_tracked():
 
 def test_large_files_are_not_tracked():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
-    large = [n for n in filter(None, listed) if (ROOT / n).is_file() and (ROOT / n).stat().st_size > 1_500_000]
+    sizes = {n: (ROOT / n).stat().st_size for n in filter(None, listed) if (ROOT / n).is_file()}
+    assert sizes.pop("moe_routing/data/tiny/weights.safetensors") <= 8_000_000  # the one binary that is wanted
+    large = [n for n, size in sizes.items() if size > 1_500_000]
     assert not large, large

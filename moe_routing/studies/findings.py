@@ -87,7 +87,7 @@ def find(
     findings = read_findings(Path(root or find_root()) / "papermill_runs" / study)
     return findings[known(name, findings, f"finding of {study}")]
 
-
+# %% ../../nbs/67_studies.findings.ipynb #bc33a653
 def fill(
     text: str,  # a template with {{ study:key }} and {{ study:key:value }} in it
     root: Path | None = None,
