@@ -17,12 +17,12 @@ from moe_routing.studies.claims import (
     BY_RUNS,
     SEEDS,
     VERDICTS,
-    Claim,
-    Judgement,
+    SeedClaim,
+    ClaimVerdict,
     claims_file,
     count_table,
     holds,
-    judge,
+    judge_claim,
     parse_rule,
     read_claims,
 )
@@ -62,7 +62,7 @@ def calculations(names):
 
 
 def claim(**other):
-    return Claim(
+    return SeedClaim(
         **{"id": "x", "seed": "000", "place": "p", "says": "s", "test": "t", "answer": {"not_testable": "it"}, **other}
     )
 
@@ -184,33 +184,33 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_finding_decides(tmp_path, low, high, verdict):
     root = lab(tmp_path, [Finding("demo.gain", "{low} to {high}", {"low": low, "high": high}, ("a", "b"))])
     asked = by_finding(reproduced="low > 0", corrected="low == 0 and high < 0.01", refuted="high < 0")
-    found = judge(asked, root=root)
+    found = judge_claim(asked, root=root)
     assert (found.verdict, found.runs, found.found) == (verdict, ("a", "b"), f"{low} to {high}")
 
 
 @pytest.mark.parametrize("word", BY_RUNS)
 def test_no_verdict_by_runs_without_runs(tmp_path, word):
     with pytest.raises(ValueError, match="needs runs"):
-        Judgement(claim(), word, "said", "demo:demo.gain")
+        ClaimVerdict(claim(), word, "said", "demo:demo.gain")
     low, high = {"reproduced": (1, 2), "corrected": (0, 0), "refuted": (-2, -1), "undecided": (-1, 1)}[word]
     root = lab(tmp_path, [Finding("demo.gain", "{low}", {"low": low, "high": high})])
     asked = by_finding(reproduced="low > 0", corrected="low == 0", refuted="high < 0")
     with pytest.raises(ValueError, match=f"claim 'x': '{word}' needs runs, and 'demo:demo.gain' names none"):
-        judge(asked, root=root)
+        judge_claim(asked, root=root)
 
 
 @pytest.mark.parametrize("word", BY_RUNS)
 def test_a_calculation_is_never_called_a_verdict_by_runs(word):
     answer = {"calculation": "add", "holds": "sum == 4", "found": "{sum}"}
     for total in (4, 5):
-        found = judge(claim(answer=answer), {"add": lambda: {"sum": total}})
+        found = judge_claim(claim(answer=answer), {"add": lambda: {"sum": total}})
         assert found.verdict == "checked by calculation" and found.agrees is (total == 4) and not found.runs
     with pytest.raises(ValueError, match="unknown key of the answer"):
         claim(answer={**answer, "when": {word: "sum == 4"}})
 
 
 def test_what_cannot_be_tested_says_what_would():
-    found = judge(claim(answer={"not_testable": "a larger model"}))
+    found = judge_claim(claim(answer={"not_testable": "a larger model"}))
     assert found.verdict == "not testable here" and "a larger model" in found.found
 
 
@@ -230,7 +230,7 @@ def test_a_finding_that_is_not_there_is_named(tmp_path, answer, said):
         answer={"finding": "demo:demo.gain", "when": {"reproduced": "low > 0", "refuted": "low < 0"}} | answer,
     )
     with pytest.raises(ValueError) as error:
-        judge(asked, root=root)
+        judge_claim(asked, root=root)
     assert f"{claims_file(root)}, line 7, claim 'x': " in str(error.value) and said in str(error.value)
 
 
@@ -246,14 +246,16 @@ def test_a_finding_that_is_not_there_is_named(tmp_path, answer, said):
 def test_a_calculation_that_is_not_there_is_named(answer, said):
     answer = {"calculation": "add", "with": {"parts": [1, 2]}, "holds": "sum == 3", "found": "{sum}"} | answer
     with pytest.raises(ValueError, match="claim 'x'") as error:
-        judge(claim(answer=answer), {"add": lambda parts: {"sum": sum(parts)}})
+        judge_claim(claim(answer=answer), {"add": lambda parts: {"sum": sum(parts)}})
     assert said in str(error.value)
 
 
 def test_counts_keep_calculations_apart():
-    judged = [Judgement(claim(id=str(i)), word, "", "s:k", ("a",)) for i, word in enumerate([*BY_RUNS, "refuted"])]
-    judged += [Judgement(claim(seed="004"), "checked by calculation", "", "add", agrees=a) for a in (True, True, False)]
-    judged += [Judgement(claim(seed="004"), "not testable here", "", "")]
+    judged = [ClaimVerdict(claim(id=str(i)), word, "", "s:k", ("a",)) for i, word in enumerate([*BY_RUNS, "refuted"])]
+    judged += [
+        ClaimVerdict(claim(seed="004"), "checked by calculation", "", "add", agrees=a) for a in (True, True, False)
+    ]
+    judged += [ClaimVerdict(claim(seed="004"), "not testable here", "", "")]
     table = count_table(judged).set_index("seed")
     assert table.loc["all", "all"] == 9 and table.loc["000", "refuted"] == 2 and table.loc["004", "reproduced"] == 0
     assert table.loc["004", "checked by calculation, agrees"] == 2
@@ -302,19 +304,19 @@ def test_findings_are_asked_for_in_studies_that_exist():
 
 AGREE = {
     *("days", "distinct_usage", "topk_unbalances", "configs", "experiments", "log_files", "first_grid", "simes"),
-    *("metric_count", "gini_formula", "entropy_formula", "kde_models", "olmoe_shape", "panels", "file_names"),
+    *("gini_formula", "entropy_formula", "kde_models", "olmoe_shape", "panels", "file_names"),
     *("system_test", "hours", "ppl_8", "ppl_32", "ppl_subword", "minutes_subword", "minutes_larger"),
     *("minutes_routers", "coe_memory", "collection_memory", "storage", "shard_count", "qwen_shape"),
 }
 
 
 def test_the_list_names_claims():
-    assert AGREE < set(CALCULATED) and len(CALCULATED) == 75
+    assert AGREE < set(CALCULATED) and len(CALCULATED) == 74
 
 
 @pytest.mark.parametrize("name", CALCULATED)
 def test_which_calculations_agree(calculations, name):
-    found = judge(CLAIMS[name], calculations)
+    found = judge_claim(CLAIMS[name], calculations)
     assert found.agrees is (name in AGREE), found.found
 
 
@@ -369,7 +371,7 @@ def test_another_truth_comes_out_the_other_way(calculations, name, change):
     "Arguments for which the claim would be right where it is wrong, and wrong where it is right."
     asked = CLAIMS[name]
     other = claim(answer={**asked.answer, "with": {**asked.answer.get("with", {}), **change}})
-    assert judge(other, calculations).agrees is not judge(asked, calculations).agrees
+    assert judge_claim(other, calculations).agrees is not judge_claim(asked, calculations).agrees
 
 
 def counted(model):
