@@ -69,11 +69,11 @@ class Evaluation:
 
     def difference(self, a: str, b: str, metric: str, layers=None) -> Interval:
         "Predictor a minus predictor b, paired by document."
-        (x, n), (y, _) = (
+        (x, n), (y, m) = (
             self.tallies[known(i, self.tallies, "predictor")].over(metric, self.above if layers is None else layers)
             for i in (a, b)
         )
-        return clustered_difference(x, y, n)
+        return clustered_difference(x, torch.where(m == n, y, y * n / m.clamp(min=1)), n)  # the control leaves ties out
 
     def best_trivial(self, metric: str | None = None, layers=None) -> str:
         "The best guess that costs nothing and is possible at this horizon; the control does not count."
