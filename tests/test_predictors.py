@@ -22,7 +22,7 @@ from moe_routing.predictors.baselines import (
 from moe_routing.predictors.evaluate import evaluate_predictors, rank_tokens, tally
 from moe_routing.predictors.learned import PREDICTORS, Recipe, make_predictor, make_recipe, train_predictor
 from moe_routing.traces.collect import collect
-from moe_routing.traces.format import Trace
+from moe_routing.traces.format import Trace, own_gate
 
 COLUMNS = ("token_id", "experts", "hidden", "pre_attention")
 
@@ -138,17 +138,23 @@ def test_the_control_is_exact(trace):
     assert set(found.tallies) == set(BASELINES)
 
 
-def test_a_tie_is_left_out_and_counted(trace):
-    "Hidden states moved by a rounding error: the control still reads 1; moved by a thousand times more it does not."
-    held, gate = trace.split()[1], make_baselines("own_gate", trace, range(4))["own_gate"]
-    real = gate.forward
-    for noise, exact in ((1e-7, True), (1e-2, False)):
+def test_rows_that_rounding_decides_are_left_out_and_counted(tmp_path):
+    model, tokenizer = small_model(layers=2)
+    gate = model.model.layers[1].mlp.gate.weight.data
+    gate[1] = gate[0]  # two experts with one score: rounding says which of them is chosen
+    options = dict(datasets="embedded", traces=40, batch=2, max_length=24, split="calibration", progress=False)
+    trace = collect(model, tokenizer, tmp_path / "tied", keep=("hidden",), **options)
+    held, control = trace.split()[1], make_baselines("own_gate", trace, range(4))["own_gate"]
+    forward = control.forward
+    for noise, exact in ((1e-7, True), (1e-2, False)):  # of a matrix product in another shape, and of another gate
         generator = torch.Generator().manual_seed(0)
-        gate.forward = lambda b: (
-            real(b) * (1 + noise * torch.randn(b["experts"].shape[0], 1, 1, 16, generator=generator))
+        control.forward = lambda b: (
+            forward(b) * (1 + noise * torch.randn(b["experts"].shape[1], 2, 16, generator=generator))
         )
-        found = tally({"own_gate": gate}, trace, held)["own_gate"]
+        found = tally({"own_gate": control}, trace, held)["own_gate"]
+        assert found.ties == sum(row["ties"] for row in own_gate(trace, held)) > 0
         assert (found.value("exact") == 1) == exact
+    assert all(row["agreement"] == 100 for row in own_gate(trace, held))
 
 
 def test_differences_with_a_control_that_leaves_rows_out(trace):
