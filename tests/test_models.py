@@ -81,13 +81,16 @@ def test_the_shipped_model_predicts_as_its_card_says():
 
 
 def test_the_card_is_read_without_torch():
-    code = "import sys; from moe_routing.world import shipped_tiny; print(shipped_tiny()['fingerprint'], 'torch' in sys.modules)"
+    code = "import sys; from moe_routing.world import shipped_tiny; "
+    code += "print(shipped_tiny()['fingerprint'], 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [shipped_tiny()["fingerprint"], "False"]
 
 
 def test_training_anew_lands_where_the_card_says():
-    "The first 60 steps. Measured: other kernels change a window's loss by .1 %, 5 % more learning rate by .6 %, another seed by 1.7 %."
+    """The first 60 steps.
+
+    Measured: other kernels change a window's loss by .1 %, 5 % more learning rate by .6 %, another seed by 1.7 %."""
     corpus, tokenizer, *windows = train_again(60, progress=False)
     same = corpus["recorded"] == corpus["now"]
     assert not same or tokenizer["recorded"] == tokenizer["now"]
@@ -196,7 +199,8 @@ def test_schedule_of_short_trainings():
 def test_training_goes_on_after_kill_minus_9(tmp_path):
     file = tmp_path / "c.safetensors"
     code = (
-        f"import torch; torch.set_num_threads(1); from moe_routing.models.load import TinyRecipe, train_tiny; from pathlib import Path; "
+        "import torch; torch.set_num_threads(1); from pathlib import Path; "
+        "from moe_routing.models.load import TinyRecipe, train_tiny; "
         f"train_tiny({replace(SMALL, steps=5000)!r}, {TOKENS!r}, Path({str(file)!r}), every=3, progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])

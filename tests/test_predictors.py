@@ -419,7 +419,7 @@ def test_shift_by_more_than_there_is():
 
 
 def test_from_a_checkpoint_in_four_bits_to_the_table(tmp_path):
-    "The documented way for Qwen1.5-MoE on a small model of its class: quantise the experts, collect, keep the control exact, predict."
+    "The documented way for Qwen1.5-MoE on a small model of its class: quantise, collect, keep the control, predict."
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     from moe_routing.models.load import load_model
