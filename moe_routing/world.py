@@ -28,6 +28,25 @@ from .settings import load_settings
 # %% ../nbs/05_world.ipynb #ce297b8d
 DOMAINS = ("code", "prose", "story", "math", "facts")
 
+
+def make_world(
+    sizes: dict[str, int] | None = None,  # how much of everything; default: the sizes of the book
+) -> dict[str, list[dict]]:  # the rows of each part: train, calibration, test, lambada, hellaswag, arc_challenge
+    "Make the embedded world. ValueError where Python was installed without its sources."
+    sizes = sizes or _SIZES
+    library = _library(dict(train=sizes["library"], calibration=sizes["held_out"], test=sizes["held_out"]))
+    if sum(map(len, library["code", "train"])) < 0.2 * sizes["library"]:
+        raise ValueError(
+            f"the standard library in {sysconfig.get_paths()['stdlib']} has too little Python source "
+            "to build the embedded world from: use a Python that is installed with its sources"
+        )
+    items = _items(sizes)
+    return {split: _pages(library, items, sizes, split) for split in ("calibration", "test", "train")} | {
+        "lambada": _last_words(items["story", "test"]),
+        "hellaswag": _endings(sizes),
+        "arc_challenge": _sums(items["math", "test"]),
+    }
+
 # %% ../nbs/05_world.ipynb #c9f59135
 def _digest(*parts: object) -> int:
     "A whole number from the SHA-256 of the parts: what every split and every order is decided by."
@@ -480,24 +499,6 @@ def _pages(library: dict, items: dict, sizes: dict, split: str) -> list[dict]:
     for domain in ("code", "prose"):
         pages[domain].sort(key=lambda p: _digest("page", p))
     return _mixed(pages, sizes["pages"])
-
-# %% ../nbs/05_world.ipynb #a6381f33
-def make_world(
-    sizes: dict[str, int] = _SIZES,  # how much of everything
-) -> dict[str, list[dict]]:  # the rows of each part: train, calibration, test, lambada, hellaswag, arc_challenge
-    "Make the embedded world. ValueError where Python was installed without its sources."
-    library = _library(dict(train=sizes["library"], calibration=sizes["held_out"], test=sizes["held_out"]))
-    if sum(map(len, library["code", "train"])) < 0.2 * sizes["library"]:
-        raise ValueError(
-            f"the standard library in {sysconfig.get_paths()['stdlib']} has too little Python source "
-            "to build the embedded world from: use a Python that is installed with its sources"
-        )
-    items = _items(sizes)
-    return {split: _pages(library, items, sizes, split) for split in ("calibration", "test", "train")} | {
-        "lambada": _last_words(items["story", "test"]),
-        "hellaswag": _endings(sizes),
-        "arc_challenge": _sums(items["math", "test"]),
-    }
 
 # %% ../nbs/05_world.ipynb #cca76de2
 def _write_world(folder: Path, world: dict[str, list[dict]]):
