@@ -448,7 +448,7 @@ def _checked(experts, num_experts: int, sample) -> tuple[np.ndarray, np.ndarray]
         raise ValueError("the tokens of a sample must follow each other: sort tokens by sample (stable) first")
     return x, begins.cumsum() - 1
 
-
+# %% ../nbs/52_prefetch.ipynb #01ec7a28
 def _guesses(predicted, shape: tuple, num_experts: int) -> np.ndarray:
     "Predictions (T, L, M) as int64; ValueError when they do not belong to this trace."
     p = np.asarray(predicted).astype(np.int64)

@@ -69,6 +69,7 @@ def _execute(path: Path, folder: Path, parameters: dict, root: Path, show: bool)
         (folder / name).unlink(missing_ok=True)
     paths = [str(package_folder().parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # bars of a kernel without widgets are text
     options = {
         "kernel_name": "python3",
         "progress_bar": False,

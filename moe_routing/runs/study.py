@@ -541,10 +541,10 @@ def execute(
     return record
 
 # %% ../../nbs/70_runs.study.ipynb #a20d2b23
-_QUIET = ("--quiet", "rules", "progress", "host")  # our own lines say what is done
+_QUIET = ("--quiet", "all")  # our own lines say what is done
 
 
-_QUIET = ("--quiet", "rules", "progress", "host")  # our own lines say what is done
+_QUIET = ("--quiet", "all")  # our own lines say what is done
 
 
 def run_study(

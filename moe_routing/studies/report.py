@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import known
 from ..runs.run import write_atomic
-from ..runs.study import Plan, load_runs
+from ..runs.study import Plan, load_runs, study_status
 from ..settings import find_root, load_study
 from .findings import Finding, plain, write_findings
 
@@ -164,7 +164,12 @@ def build_report(
     plan: Plan,
     root: Path | None = None,
 ) -> Path:  # report.md in the folder of the results
-    "The report of a plan from its local results."
+    "The report of a plan from its local results; ValueError while runs are missing."
+    left = [n for state, names in study_status(plan, root).items() if state != "finished" for n in names]
+    if left:
+        raise ValueError(
+            f"{plan.folder.name}: {len(left)} of {len(plan.runs)} runs are not finished, first {left[0]}: run the study"
+        )
     options = {"study": plan.study.name, "record": str(plan.folder), "options": plan.study.report_options}
     return render(plan.study.report, plan.folder, options, root)
 

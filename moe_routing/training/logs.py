@@ -324,7 +324,7 @@ def _one(paths: list[Path], what: str) -> Path:
         )
     return real[0]
 
-
+# %% ../../nbs/48_training.logs.ipynb #808f9f03
 def _rows_of(source: str, path: Path) -> tuple[str, list[dict]]:
     "Kind of a log, and its rows."
     if not path.exists():

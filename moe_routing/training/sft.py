@@ -104,7 +104,7 @@ def load_chat(
             found.append({"messages": messages, "domain": str(row.get("domain") or row.get("source") or name)})
     return _first(found, max_samples, seed, where)
 
-
+# %% ../../nbs/46_training.sft.ipynb #73fab073
 def _chat_rows(name: str, source: str, settings):
     "Rows, and where they came from."
     path = Path(name).expanduser()
