@@ -154,6 +154,11 @@ def equal(a, b):
     return all(torch.equal(a[n], b[n]) for n in a)
 
 
+def close(a, b):
+    "Equal but for the last bits: rows are scored in batches of other shapes."
+    return all(torch.allclose(a[n], b[n], rtol=1e-5, atol=1e-6) for n in a)
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "choice"])
 @pytest.mark.parametrize("cut", [(50, 50), (1, 99), (0, 100), (20, 30, 50)])
 def test_processes_and_micro_batches(name, cut):
@@ -170,7 +175,7 @@ def test_processes_and_micro_batches(name, cut):
         for rows, v in zip(x.split(cut), valid.split(cut)):
             micro(rows, Context(valid=v))
         micro.steer()
-        assert all(equal(state(one), state(r)) for r in (*many, micro)), step
+        assert all(close(state(one), state(r)) for r in (*many, micro)), step
     assert int(one.steps) == 4
 
 

@@ -116,7 +116,7 @@ class Tally:
         sizes = sorted({min(m, num_experts) for m in COVERAGE} | {min(m * k, num_experts) for m in (1, 2, 4)})
         self.sizes, self.widest = sizes, sizes[-1]
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)
-        self.tokens = zeros(documents, num_layers)
+        self.tokens, self.seen, self.ties = zeros(documents, num_layers), torch.zeros(documents, dtype=torch.bool), 0
         self.sums = {
             n: zeros(documents, num_layers)
             for n in ["hit@1", "exact", *(f"{w}@{m}" for w in ("recall", "all", "any") for m in sizes)]
@@ -136,20 +136,25 @@ def _update(
     target: Tensor,  # (N, L, E) bool
     document: Tensor,  # (N,) index of the document
     chances: Tensor | None = None,  # (N, L, E) probability that an expert is needed, where the predictor gives one
+    ties: Tensor | None = None,  # (N, L) bool: rows that rounding alone decides; they are counted apart and not judged
 ) -> None:
     "Add N tokens."
+    decided = torch.ones(target.shape[:2], dtype=torch.bool) if ties is None else ~ties
+    self.ties += int((~decided).sum())
+    self.seen[document] = True
     count = target.sum(-1).clamp(min=1)
     ranked = scores.topk(self.widest, -1).indices
     right = target.gather(-1, ranked)
     found = right.cumsum(-1)
-    self.tokens.index_add_(0, document, torch.ones(target.shape[:2], dtype=torch.float64))
-    self._add("hit@1", right[..., 0], document)
-    self._add("exact", found.gather(-1, (count.clamp(max=self.widest) - 1).unsqueeze(-1))[..., 0] == count, document)
+    self.tokens.index_add_(0, document, decided.double())
+    exact = found.gather(-1, (count.clamp(max=self.widest) - 1).unsqueeze(-1))[..., 0] == count
+    self._add("hit@1", right[..., 0] & decided, document)
+    self._add("exact", exact & decided, document)
     for m in self.sizes:
         at = found[..., m - 1]
-        self._add(f"recall@{m}", at / count, document)
-        self._add(f"all@{m}", at == count, document)
-        self._add(f"any@{m}", at > 0, document)
+        self._add(f"recall@{m}", at / count * decided, document)
+        self._add(f"all@{m}", (at == count) & decided, document)
+        self._add(f"any@{m}", (at > 0) & decided, document)
     guess = torch.zeros_like(target).scatter_(-1, ranked[..., : self.k], True)
     wrong = (guess & ~target).double()
     share = wrong / wrong.sum(-1, keepdim=True).clamp(min=1)
@@ -173,9 +178,9 @@ Tally.update = _update
 
 # %% ../../nbs/51_predictors.baselines.ipynb #c80bff3a
 def _over(self, metric: str, layers: slice | list[int]) -> tuple[Tensor, Tensor]:
-    "(D,) sums and (D,) numbers of token-layers of the documents that were seen."
-    seen = self.tokens.sum(1) > 0
-    return self.sums[known(metric, self.sums, "metric")][seen][:, layers].sum(1), self.tokens[seen][:, layers].sum(1)
+    "(D,) sums and (D,) numbers of decided token-layers of the documents that were seen."
+    sums = self.sums[known(metric, self.sums, "metric")]
+    return sums[self.seen][:, layers].sum(1), self.tokens[self.seen][:, layers].sum(1)
 
 
 def _value(self, metric: str, layers: slice | list[int] = slice(None)) -> float:
@@ -217,6 +222,10 @@ class Predictor(nn.Module):
     def chances(self, scores: Tensor) -> Tensor | None:
         "(..., E): the probability that an expert is needed; None where the scores do not say."
         return scores if self.probable else None
+
+    def ties(self, batch: dict[str, Tensor]) -> Tensor | None:
+        "(B, S, L) bool: rows that rounding alone decides; None for a guess, which answers for all of them."
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -411,7 +420,7 @@ class GateOn(Predictor):
         fact = {"own": "own", "stale": "layers", "stream": "stream", "previous": "past"}[
             known(what, ("own", "stale", "stream", "previous"), "input of a gate")
         ]
-        self.needs, self.gates = frozenset([fact]), trace.gates()
+        self.needs, self.gates, self.what = frozenset([fact]), trace.gates(), what
         self.at = {
             "own": HORIZONS["own_gate"],
             "stale": replace(HORIZONS["previous_layer"], layers_back=self.gap),
@@ -425,6 +434,15 @@ class GateOn(Predictor):
         return torch.stack(
             [gate(x[:, :, l].flatten(0, 1)).view(*x.shape[:2], -1).float() for l, gate in enumerate(self.gates)], 2
         )
+
+    def ties(self, batch):
+        "For the control, computed again in a batch of another shape: where the k-th and the next score differ by rounding."
+        if self.what != "own":
+            return None
+        hidden, experts = batch[self.at.column], batch["experts"]
+        at = [(hidden[:, :, l].flatten(0, 1), experts[:, :, l].flatten(0, 1)) for l in range(self.L)]
+        tied = [gate.control(*pair)[1].view(hidden.shape[:2]) for gate, pair in zip(self.gates, at)]
+        return torch.stack(tied, 2)
 
 # %% ../../nbs/51_predictors.baselines.ipynb #c1ab61ba
 BASELINES: dict[str, Callable[[Horizon, Trace], Predictor]] = {

@@ -101,8 +101,9 @@ def _interval(evaluation: "Evaluation", name: str, metric: str, layers=None) -> 
 
 def _difference(evaluation: "Evaluation", a: str, b: str, metric: str, layers=None) -> Interval:
     "Predictor a minus predictor b, paired by document."
-    (x, n), (y, _) = (_over(evaluation, i, metric, layers) for i in (a, b))
-    return clustered_difference(x, y, n)
+    (x, n), (y, m) = (_over(evaluation, i, metric, layers) for i in (a, b))
+    scaled = torch.where(m == n, y, y * n / m.clamp(min=1))  # the control leaves ties out
+    return clustered_difference(x, scaled, n)
 
 
 def _best_trivial(evaluation: "Evaluation", metric: str | None = None, layers=None) -> str:

@@ -461,7 +461,8 @@ def tally(
                 broken = scores.isnan()
                 out[name].broken += int(broken.any(-1).any(-1).sum())
                 scores = scores.masked_fill(broken, -1e9)
-                out[name].update(scores, target, document, p.chances(scores))
+                ties = p.ties(b)
+                out[name].update(scores, target, document, p.chances(scores), None if ties is None else ties[valid])
     for n, p in predictors.items():
         p.train(modes[n])
     return out
