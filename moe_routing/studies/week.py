@@ -459,14 +459,14 @@ def fill_file(
 
     marks = {"variable_start_string": "<<", "variable_end_string": ">>", "block_start_string": "<%"}
     marks |= {"block_end_string": "%>", "comment_start_string": "<#", "comment_end_string": "#>"}
-    loader = FileSystemLoader(package_folder() / "data" / "templates")
+    folder = package_folder() / "data" / "templates"
     looks = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    where = Environment(loader=loader, **marks, **looks)
+    where = Environment(loader=FileSystemLoader(folder), **marks, **looks)
     where.filters |= {"tex": escape, "plain": lambda s: " ".join(str(s).split()), **(filters or {})}
     try:
         return where.get_template(name).render(values)
     except (TemplateError, ValueError, KeyError) as e:
-        frames = [f.lineno for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).name == name]
+        frames = [f.lineno for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).parent == folder]
         raise ValueError(f"{name}, line {[getattr(e, 'lineno', '?'), *frames][-1]}: {e}") from None
 
 # %% ../../nbs/77_studies.week.ipynb #382f37cf
@@ -702,6 +702,7 @@ def judge_balance(week: Week, limit: float = 0.1) -> Judged:
     found, why = week.days["day0"].read("metrics.json")
     log, layers = _dict(found.get("log")), _rows(found.get("layers"))
     cv, said = as_number(_dict(log.get("last")).get("cv"), "the log's last CV")
+    said = said if log else "no training log was read"
     if cv is None:
         loads, floor = _numbers(layers, "cv"), _numbers(layers, "cv_random")
         if not loads or len(floor) != len(loads):
@@ -721,7 +722,11 @@ def judge_throughout(week: Week) -> Judged:
     got = {q: as_number(share.get(q), f"the log's share of points with {q} below its limit") for q in ("cv", "maxvio")}
     low = {q: v for q, (v, _) in got.items() if v is not None}
     if not low:
-        return None, "", {"why": why or "; ".join(w for _, w in got.values())}
+        return (
+            None,
+            "",
+            {"why": why or ("; ".join(w for _, w in got.values()) if share else "no training log was read")},
+        )
     below = "; ".join(f"{q}: {v:.1%}" for q, v in low.items())
     return (False if min(low.values()) < 1 else len(low) == 2 or None), "shares", {"below": below}
 
@@ -906,7 +911,7 @@ def judge_go(week: Week) -> Judged:
     rules = ", ".join(f"{n}: {_dict(r).get('verdict')}" for n, r in _dict(found.get("rules")).items())
     if found.get("verdict") not in ("GO", "NO-GO"):
         return None, "", {"why": why or "decision.json has no verdict"}
-    values = {"verdict": found["verdict"], "decides": found.get("decides"), "rules": rules}
+    values = {"decision": found["verdict"], "decides": found.get("decides"), "rules": rules}
     return found["verdict"] == "GO", "decision", values
 
 
