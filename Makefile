@@ -3,24 +3,27 @@
 STUDY ?= bh_sweep
 OVERRIDES = $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA)) $(if $(LIMIT),limit=$(LIMIT))
 VENV := .venv/bin
+OURS := $(VENV)/python -m moe_routing
 # python3 if it is new enough, else the newest that is found
 FIND_PYTHON = for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
 
-.PHONY: venv help run week test lab figures bench status confirm check check-data notebooks readme clean claims book paper
+.PHONY: venv help run week test lab figures bench status publish reproduce golden check-data notebooks readme clean \
+  claims book paper
 
 help:
-	@echo "make run          the main study ($(STUDY)); STUDY=smoke for a small one; MODEL=allenai/OLMoE-1B-7B-0924 for another model; FRESH=1 redoes stale runs"
-	@echo "make week         the seven-day plan; MODEL=<folder or hub id>, FLAGS=\"--only day3_4\" and the seed's other flags"
-	@echo "make test         everything CI checks: notebooks, package in sync, README, pytest"
-	@echo "make paper        report, LaTeX paper and slides from the finished runs; STYLE=icml2026 or neurips_2026"
-	@echo "make status       runs finished, failed, stale and running, by study"
-	@echo "make confirm      repeat a sample of STUDY's stale runs; where every bit agrees, its results count again"
-	@echo "make check-data   a small study on real WikiText-2, LAMBADA, HellaSwag and ARC-Challenge from data_dir of settings.ini"
-	@echo "make lab          JupyterLab on the book        make figures   draw every study again from its runs; STUDY=name for one"
-	@echo "make book         the book as pages to read and search offline: _book/index.html"
-	@echo "make bench        the speed and quality claims, measured    make notebooks  export, test and clean after an edit"
-	@echo "make clean        delete what can be made again: .venv, cache, _book"
+	@echo "make run        the main study ($(STUDY)); STUDY=smoke for a small one; MODEL=<hub id or folder> for another model"
+	@echo "make test       everything CI checks: style, notebooks, package in sync, reports, pytest"
+	@echo "make week       the seven-day plan; MODEL=<folder or hub id>, FLAGS=\"--only day3_4\" and its other flags"
+	@echo "make status     what is done on this machine and what is published, by study"
+	@echo "make check-data a small study on real WikiText-2, LAMBADA, HellaSwag and ARC-Challenge from data_dir"
+	@echo "make reproduce  repeat a sample of a published study and say how far it is from the record"
+	@echo "make publish    make the finished runs of STUDY its published record    make figures  write published reports again"
+	@echo "make lab        JupyterLab on the book    make notebooks  export, test and clean after an edit"
+	@echo "make golden     remember the smoke results anew, after a protocol was raised"
+	@echo "make bench      the speed and quality claims, measured    make claims  the verdicts on the seed documents"
+	@echo "make book       the book as pages: _book/index.html       make paper   report, LaTeX paper and slides"
+	@echo "make clean      delete what can be made again: .venv, cache, _book"
 
 # What is imported gets compiled then; compiling all that is installed takes a third of the time.
 # Stale means other contents, not a newer date: nbdev writes pyproject.toml anew without changing it.
@@ -29,53 +32,58 @@ venv:
 	  python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { echo "no Python 3.11 or newer was found: install one"; exit 1; }; \
 	  echo "setting up .venv (a few minutes the first time)"; \
 	  { [ -x $(VENV)/python ] || $$python -m venv .venv; } && \
-	  $(VENV)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]" && echo "$$want" > .venv/ready; }
+	  $(VENV)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt -e ".[dev]" \
+	  && echo "$$want" > .venv/ready; }
 
 run: venv
-	@$(VENV)/python -m moe_routing run $(STUDY) $(OVERRIDES) $(if $(FRESH),--fresh)
+	@$(OURS) run $(STUDY) $(OVERRIDES)
 
 week: venv
-	@$(VENV)/python -m moe_routing week $(if $(MODEL),--checkpoint $(MODEL)) $(FLAGS)
+	@$(OURS) week $(if $(MODEL),--checkpoint $(MODEL)) $(FLAGS)
 
 check-data: venv
-	@$(VENV)/python -m moe_routing run check_data $(if $(FRESH),--fresh)
+	@$(OURS) run check_data
 
-confirm: venv
-	@$(VENV)/python -m moe_routing confirm $(STUDY)
+publish: venv
+	@$(OURS) publish $(STUDY)
+
+reproduce: venv
+	@$(OURS) reproduce $(STUDY)
 
 status: venv
-	@$(VENV)/python -m moe_routing status
+	@$(OURS) status
 
 figures: venv
-	@$(VENV)/python -m moe_routing report $(if $(filter-out file,$(origin STUDY)),$(STUDY) $(OVERRIDES))
+	@$(OURS) figures $(if $(filter-out file,$(origin STUDY)),$(STUDY))
 
 claims: venv
-	@$(VENV)/python -m moe_routing claims
+	@$(OURS) claims
 
 paper: venv
-	@$(VENV)/python -m moe_routing paper $(if $(STYLE),--style $(STYLE))
+	@$(OURS) paper $(if $(STYLE),--style $(STYLE))
+
+golden: venv
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(OURS) golden
+
+bench: venv
+	@$(OURS) bench
 
 lab: venv
 	@$(VENV)/jupyter lab nbs
 
 book: venv
-	@$(VENV)/python -m moe_routing book
-
-bench: venv
-	@$(VENV)/python -m moe_routing bench
-
-check: venv
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist worksteal tests
+	@$(VENV)/python -m sphinx -q -b html docs _book && echo "book: _book/index.html"
 
 test: venv
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV):$$PATH" $(VENV)/nbdev-test --n-workers 2 --pause .2
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV):$$PATH" $(VENV)/python -m pytest -n 2 --dist worksteal tests
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MPLBACKEND=Agg PATH="$(CURDIR)/$(VENV):$$PATH" \
+	  $(VENV)/python -m pytest -n 2 --dist worksteal tests
 
 notebooks: venv
-	@PATH="$(CURDIR)/$(VENV):$$PATH"; export HF_HUB_OFFLINE=1; nbdev-export && nbdev-test --n-workers 2 --save --skip-folder-re runs && nbdev-test nbs/runs && nbdev-clean && $(VENV)/python -m moe_routing readme
+	@PATH="$(CURDIR)/$(VENV):$$PATH"; export HF_HUB_OFFLINE=1; \
+	  ruff format -q nbs tests && nbdev-export && nbdev-test --n-workers 2 --save --skip-folder-re runs && nbdev-clean
 
 readme: venv
-	@$(VENV)/python -m moe_routing readme
+	@$(OURS) readme
 
 clean:
 	rm -rf .venv cache .snakemake _book

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("claims", help="judge every claim of the seed documents by the published findings")
     paper = verbs.add_parser("paper", help="write report, LaTeX paper and slides from the published findings")
     paper.add_argument("--style", default="article", help="article, icml2026 or neurips_2026")
+    verbs.add_parser("readme", help="write README.md from docs/readme.md and the published findings")
     verbs.add_parser("status", help="what is done on this machine and what is published, by study")
     return top
 
@@ -97,6 +98,10 @@ def run_verb(args, more: list[str]) -> int:
         return int(any(runs.reproduce(args.study, args.share).values()))
     elif args.verb == "golden":
         print("golden:", runs.write_golden(args.cases or None))
+    elif args.verb == "readme":
+        from moe_routing.studies.findings import write_readme
+
+        print("page:", write_readme())
     else:
         return _render(args)
     return 0

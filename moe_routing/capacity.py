@@ -25,7 +25,8 @@ def expert_capacity(
     capacity_factor: float,  # cf > 0
 ) -> int:  # C, slots an expert may serve
     "C = max(1, ceil(cf T k / E)) (GShard, Lepikhin et al. 2020). ValueError for cf <= 0 or k > E."
-    in_range(tokens, 0, float("inf"), "tokens"), in_range(num_experts, 1, float("inf"), "num_experts")
+    in_range(tokens, 0, float("inf"), "tokens")
+    in_range(num_experts, 1, float("inf"), "num_experts")
     in_range(capacity_factor, 0, float("inf"), "capacity_factor (None is dropless)", open_low=True, open_high=True)
     in_range(k, 0, num_experts, f"k of {num_experts} experts", open_low=True)
     wanted = capacity_factor * tokens * k / num_experts
@@ -36,12 +37,12 @@ def _turns(
     wanted: Tensor,  # (T, K) int64, E where nothing is wanted
     counts: Tensor,  # (E+1,) int64, how often each id occurs in `wanted`
     weights: Tensor | None,  # (T, K) larger ones first; None: in order of rows and slots
-) -> Tensor:  # (T, K) int64, slots of the same expert that come before this one
+) -> Tensor:  # (T, K) int64
+    "How many slots of the same expert come before each slot."
     key = flat = wanted.reshape(-1)
     if weights is not None:
-        bits = (
-            (weights.detach().float() + 0.0).reshape(-1).contiguous().view(torch.int32)
-        )  # + 0 leaves no negative zero
+        falling = weights.detach().float().reshape(-1).contiguous() + 0.0  # + 0 leaves no negative zero
+        bits = falling.view(torch.int32)
         key = (flat << 32) | (0x7FFFFFFF - bits.long())
     order = key.sort(stable=True).indices
     turn = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[flat[order]]
@@ -65,7 +66,7 @@ ORDERS = ("position", "score")  # who is served first: earlier slots, or larger 
 
 
 def limit(
-    routing: Routing,
+    routing: Routing,  # what the router asked for, slots (T, K)
     capacity_factor: float | None = None,  # > 0; None: dropless, unless `capacity` is given
     k: float | None = None,  # slots a token asks for, in the capacity formula; default K
     capacity: int | None = None,  # C itself, in place of a factor
@@ -73,7 +74,7 @@ def limit(
     renorm: bool = False,  # scale what a token keeps to the sum it had?
     valid: Tensor | None = None,  # (T,) bool; other rows take no capacity and lose their slots
 ) -> Routing:  # extras: demand (E,), demand_counts (T,), both before refusal, and capacity (None: dropless)
-    "Let no expert serve more than its capacity. ValueError for a factor <= 0, k > E, a factor and a capacity at once, or an unknown order."
+    "Let no expert serve more than its capacity. ValueError: factor <= 0, k > E, factor and capacity, unknown order."
     known(by, ORDERS, "order of refusal")
     if capacity is not None and capacity_factor is not None:
         raise ValueError(f"give capacity_factor = {capacity_factor} or capacity = {capacity}, not both")
@@ -136,14 +137,7 @@ class Capped(Rule):
     def __post_init__(self):
         known(self.by, ORDERS, "order of refusal")
         if self.capacity_factor is not None:
-            in_range(
-                self.capacity_factor,
-                0,
-                float("inf"),
-                "capacity_factor (None is dropless)",
-                open_low=True,
-                open_high=True,
-            )
+            in_range(self.capacity_factor, 0, float("inf"), "capacity_factor (None is dropless)", True, True)
         if self.k is None:
             object.__setattr__(self, "k", getattr(self.rule, "k", None))
 
@@ -153,26 +147,22 @@ class Capped(Rule):
         return getattr(self.rule, name)
 
     def decide(self, view: GateView) -> Routing:
+        "The inner rule's decision, limited."
         k = view.k if self.k is None else self.k
         return limit(self.rule(view), self.capacity_factor, k, by=self.by, renorm=self.renorm, valid=view.context.valid)
 
     def describe(self) -> dict:
         "The name, the inner rule under `inner`, and the parameters."
-        return {
-            "rule": type(self).__name__,
-            "inner": self.rule.describe(),
-            **{n: getattr(self, n) for n in ("capacity_factor", "by", "renorm", "k")},
-        }
+        own = {n: getattr(self, n) for n in ("capacity_factor", "by", "renorm", "k")}
+        return {"rule": type(self).__name__, "inner": self.rule.describe(), **own}
 
 # %% ../nbs/09_capacity.ipynb #ce5958ac
 def pack(
     hidden: Tensor,  # (T, H)
     routing: Routing,  # no expert serves more than `capacity`: see `limit`
     capacity: int | None = None,  # C; None: that of the routing, else its largest load
-) -> tuple[
-    Tensor, Tensor
-]:  # (E, C, H), zeros where nobody is; cells (T, K) int64: where each slot went, E*C where unused
-    "Gather the hidden states of each expert's tokens into a rectangle. ValueError when an expert serves more than C."
+) -> tuple[Tensor, Tensor]:  # rectangle (E, C, H), zeros where nobody is; cells (T, K) int64, E*C where unused
+    "Gather each expert's tokens into a rectangle; `cells` says where each slot went. ValueError: over C tokens."
     (T, K), E = routing.experts.shape, routing.num_experts
     counts = torch.bincount(routing.experts.reshape(-1), minlength=E + 1)
     most = int(counts[:-1].max())
@@ -247,7 +237,10 @@ def expected_drop_rate(
     distinct: bool = True,  # a token takes an expert at most once
     dispersion: float = 1.0,  # variance of an expert's demand over that of independent tokens, see `load_dispersion`
 ) -> float:  # in [0, 1]
-    "The share of slots that will be dropped when tokens choose independently; exact given the shares. ValueError on bad shares, or on shares and cv at once."
+    """The share of slots that will be dropped when tokens choose independently; exact given the shares.
+
+    ValueError on bad shares, or on shares and cv at once.
+    """
     if shares is not None and cv is not None:
         raise ValueError("give shares or cv, not both: shares say more")
     in_range(tokens, 1, float("inf"), "tokens")
@@ -262,13 +255,12 @@ def expected_drop_rate(
         s = np.full(num_experts, 1 / num_experts) if shares is None else _shares(shares, num_experts)
     trials = tokens if distinct else round(tokens * k)
     p = tokens * k * s / trials
-    return float(
-        (_excess(trials, p, C) if dispersion == 1 else _normal_excess(trials, p, C, dispersion)).sum() / (tokens * k)
-    )
+    excess = _excess(trials, p, C) if dispersion == 1 else _normal_excess(trials, p, C, dispersion)
+    return float(excess.sum() / (tokens * k))
 
 # %% ../nbs/09_capacity.ipynb #c1533a26
 def _full(x: np.ndarray, most: float) -> np.ndarray:
-    "Shares in proportion to x (E,), rising and positive, except that none is over `most`: the largest are cut there, the others share the rest."
+    "Shares in proportion to x (E,), rising and positive; the largest are cut at `most`, the others share the rest."
     cut = np.arange(len(x))  # how many of the largest are cut
     scale = np.maximum(1 - cut * most, 0.0) / x.cumsum()[::-1]
     m = int(np.argmax(scale * x[::-1] <= most * (1 + 1e-12)))
@@ -276,7 +268,7 @@ def _full(x: np.ndarray, most: float) -> np.ndarray:
 
 
 def _spread(num_experts: int, cv: float, most: float) -> np.ndarray:
-    "(E,) log-normal quantiles that sum to 1, none over `most`, with the given population CV, by bisection of the width."
+    "(E,) log-normal quantiles that sum to 1, none over `most`, with the given CV, by bisection of the width."
     from scipy.special import ndtri
 
     z = ndtri((np.arange(num_experts) + 0.5) / num_experts)
@@ -295,7 +287,7 @@ def shares_from_cv(
     max_violation: float | None = None,  # largest share over the mean, minus 1, where it is known
     k: float = 1,  # slots of a token: with distinct experts no share is over 1/k, unless the CV cannot be had otherwise
 ) -> np.ndarray:  # (E,) float64, sums to 1, smallest first
-    "Log-normal shares with a given CV, and with a given largest share if there is one. ValueError where no shares have both."
+    "Log-normal shares of a given CV and, if there is one, a given largest share. ValueError where none have both."
     E = num_experts
     in_range(cv, 0, sqrt(E - 1), f"cv of {E} shares")
     if cv == 0 or E == 1:
@@ -304,9 +296,9 @@ def shares_from_cv(
         return _spread(
             E, cv, 1 / max(min(k, int(E / (cv**2 + 1) + 1e-9)), 1)
         )  # n experts that share everything have CV sqrt(E / n - 1)
-    low, high = (
-        max(cv / sqrt(E - 1), cv**2),
-        cv * sqrt(E - 1),
+    low = max(cv / sqrt(E - 1), cv**2)
+    high = cv * sqrt(
+        E - 1
     )  # the largest stands alone above the others at `high`; below `low` it would not be the largest
     in_range(max_violation, low * (1 - 1e-9), high * (1 + 1e-9), f"max_violation of {E} shares with cv = {cv:g}")
     top = min((1 + max_violation) / E, 1.0)
@@ -342,49 +334,53 @@ def load_dispersion(
     return float(share.var(0, ddof=1).sum() / expected) if expected else 1.0
 
 # %% ../nbs/09_capacity.ipynb #c6379c10
+def _demand_rows(demand) -> np.ndarray:
+    "(B, E) float64 demand of each batch, or an error."
+    d = np.asarray(demand.detach().cpu() if isinstance(demand, Tensor) else demand, dtype=np.float64)
+    if d.ndim != 2:
+        raise ValueError(f"demand must be (B, E), a row a batch, got shape {d.shape}")
+    return d
+
+
+def _law_row(cf: float, actual: np.ndarray, law: np.ndarray, from_cv: np.ndarray) -> dict:
+    "Measured rates (B,) beside those of the law and those that the CV alone gives, at one capacity factor."
+    return {
+        "capacity_factor": float(cf),
+        "actual": float(actual.mean()),
+        "expected": float(law.mean()),
+        "error": float(law.mean() - actual.mean()),
+        "worst": float(np.abs(law - actual).max()),
+        "expected_from_cv": float(from_cv.mean()),
+        "error_from_cv": float(from_cv.mean() - actual.mean()),
+        "batch_errors": (law - actual).tolist(),
+    }
+
+# %% ../nbs/09_capacity.ipynb #22e36253
 def drop_law_error(
     demand,  # (B, E) demand of each batch
     tokens,  # T of each batch: one number, or (B,)
     k: float,  # slots a token asks for
-    capacity_factors=(1.0, 1.05, 1.1, 1.25, 1.5, 2.0),
+    capacity_factors=(1.0, 1.05, 1.1, 1.25, 1.5, 2.0),  # a row each
     shares=None,  # (E,) known beforehand; default: of the other batches
     dispersion: float | None = 1.0,  # 1: independent tokens; None: of the other batches, at least 3 of them
-) -> list[
-    dict
-]:  # a row a factor: actual and expected drop rate and their error (means), batch_errors [B], worst (of them), and what CV alone gives
-    "The drop law against measured demand, batch by batch; rates as shares, not percent. ValueError for fewer than 2 batches without shares."
-    d = np.asarray(demand.detach().cpu() if isinstance(demand, Tensor) else demand, dtype=np.float64)
-    if d.ndim != 2:
-        raise ValueError(f"demand must be (B, E), a row a batch, got shape {d.shape}")
+) -> list[dict]:  # see `_law_row`: mean rates as shares, not percent, their error, worst batch, batch_errors (B,)
+    "The drop law against measured demand, batch by batch. ValueError for fewer than 2 batches without shares."
+    d = _demand_rows(demand)
     B, E = d.shape
     if shares is None and B < 2:
         raise ValueError("one batch cannot give the shares it is judged by: measure 2 or more, or give shares")
     T, total = np.broadcast_to(np.asarray(tokens), (B,)).astype(int), d.sum(0)
     others = [(total - row) / (total - row).sum() if shares is None else shares for row in d]
-    spread = (
-        [load_dispersion(np.delete(d, i, 0), np.delete(T, i), k) for i in range(B)]
-        if dispersion is None
-        else [dispersion] * B
-    )
+    spread = [dispersion] * B
+    if dispersion is None:
+        spread = [load_dispersion(np.delete(d, i, 0), np.delete(T, i), k) for i in range(B)]
     pooled = total / total.sum()
     cv, rows = share_cv(float(pooled.std() / pooled.mean()), int(T.sum()), E, k), []
     for cf in capacity_factors:
         actual = np.array([np.maximum(row - expert_capacity(t, E, k, cf), 0).sum() / row.sum() for row, t in zip(d, T)])
         law = np.array([expected_drop_rate(t, E, k, cf, s, dispersion=f) for t, s, f in zip(T, others, spread)])
-        from_cv = np.array([expected_drop_rate(t, E, k, cf, cv=cv) for t in T])
-        rows.append(
-            {
-                "capacity_factor": float(cf),
-                "actual": actual.mean(),
-                "expected": law.mean(),
-                "error": law.mean() - actual.mean(),
-                "worst": np.abs(law - actual).max(),
-                "expected_from_cv": from_cv.mean(),
-                "error_from_cv": from_cv.mean() - actual.mean(),
-                "batch_errors": law - actual,
-            }
-        )
-    return [{name: np.asarray(value).tolist() for name, value in row.items()} for row in rows]
+        rows.append(_law_row(cf, actual, law, np.array([expected_drop_rate(t, E, k, cf, cv=cv) for t in T])))
+    return rows
 
 # %% ../nbs/09_capacity.ipynb #c3f090b2
 def recommend_capacity_factor(
@@ -392,22 +388,18 @@ def recommend_capacity_factor(
     tokens: int,  # T, valid tokens of one forward
     num_experts: int,  # E
     k: float,  # slots a token asks for
-    shares=None,  # (E,); default even
+    shares=None,  # (E,) share of the slots that goes to each expert; default even
     cv: float | None = None,  # of the shares, where that is all that is known
     **more,  # max_violation and distinct, see `expected_drop_rate`
 ) -> float:  # a multiple of .001
-    "The smallest capacity factor whose expected drop rate is at most the target. ValueError for a target outside (0, 1)."
+    "The smallest factor whose expected drop rate is at most the target. ValueError for a target outside (0, 1)."
     in_range(target_drop_rate, 0, 1, "target_drop_rate", open_low=True, open_high=True)
     if cv is not None and shares is None:
-        shares = shares_from_cv(
-            num_experts, cv, more.pop("max_violation", None), k if more.get("distinct", True) else 1
-        )
+        slots = k if more.get("distinct", True) else 1
+        shares = shares_from_cv(num_experts, cv, more.pop("max_violation", None), slots)
     low, high = 0, 1000 * num_experts  # at E, one expert alone could serve every slot
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (
-            (low, middle)
-            if expected_drop_rate(tokens, num_experts, k, middle / 1000, shares, **more) <= target_drop_rate
-            else (middle, high)
-        )
+        enough = expected_drop_rate(tokens, num_experts, k, middle / 1000, shares, **more) <= target_drop_rate
+        low, high = (low, middle) if enough else (middle, high)
     return high / 1000

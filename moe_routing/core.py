@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['known', 'in_range', 'Context', 'one_past_last', 'order_slots', 'Routing', 'GateView', 'softmax_weigh', 'as_view',
-           'Rule', 'keyed_generator', 'Router']
+           'Rule', 'keyed_generator', 'Scorer', 'Router']
 
 # %% ../nbs/00_core.ipynb #c3dd6dce
 from collections.abc import Callable, Iterable
@@ -31,13 +31,13 @@ def known(
 # %% ../nbs/00_core.ipynb #cb67ccdd
 def in_range(
     value: float,
-    low: float,
-    high: float,
-    what: str,  # allowed range and what it limits
-    open_low: bool = False,
-    open_high: bool = False,  # is the end itself excluded?
+    low: float,  # smallest value that is allowed
+    high: float,  # largest
+    what: str,  # what the value is, for the message
+    open_low: bool = False,  # is `low` itself excluded?
+    open_high: bool = False,  # is `high` itself excluded?
 ) -> float:  # `value`, unchanged
-    "Return `value` if it lies in the range, else raise a ValueError that names value and range."
+    "Return `value` if it lies in the range, else raise a ValueError that names value and range; NaN lies in none."
     good = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
     if good:
         return value
@@ -103,20 +103,9 @@ class Routing:
     weights: Tensor  # (T, K), multiplies each expert's output; exactly 0 in unused slots
     extras: dict = field(default_factory=dict)  # by name: p_values (T, E), demand (E,), fallback (T,), losses, ...
 
-    @property
-    def num_experts(self) -> int:
-        "E"
-        return self.logits.shape[-1]
-
-    @property
-    def used(self) -> Tensor:
-        "(T, K) bool: the slot holds an expert."
-        return self.experts < self.num_experts
-
-    @property
-    def counts(self) -> Tensor:
-        "(T,) int64: experts used by each token."
-        return self.used.sum(-1)
+    num_experts = property(lambda self: self.logits.shape[-1], doc="E")
+    used = property(lambda self: self.experts < self.num_experts, doc="(T, K) bool: the slot holds an expert.")
+    counts = property(lambda self: self.used.sum(-1), doc="(T,) int64: experts used by each token.")
 
     @property
     def mask(self) -> Tensor:
@@ -136,37 +125,43 @@ class Routing:
 
     def rows(self, keep: Tensor) -> "Routing":
         "The decision for some of the tokens; `keep` is a (T,) bool mask or (N,) indices; extras of T rows follow."
-        T = len(self.experts)
-        cut = {
-            k: v[keep] if isinstance(v, Tensor) and v.ndim and len(v) == T and k not in ("demand", "load") else v
-            for k, v in self.extras.items()
-        }
-        return Routing(self.logits[keep], self.experts[keep], self.weights[keep], cut)
+        extras = {name: _of_rows(name, value, keep, len(self.experts)) for name, value in self.extras.items()}
+        return Routing(self.logits[keep], self.experts[keep], self.weights[keep], extras)
 
     def validate(self) -> "Routing":
         "Return self if every invariant holds, else raise a ValueError that names the broken one and the token."
-        _validate(self)
+        _check_shapes(self)
+        _check_slots(self)
         return self
 
 # %% ../nbs/00_core.ipynb #c759ca09
+def _of_rows(name: str, value, keep: Tensor, tokens: int):
+    "An entry of `extras` cut to some rows, if it has a row for each token; (E,) counts stay whole even where E = T."
+    per_token = isinstance(value, Tensor) and value.ndim and len(value) == tokens and name not in ("demand", "load")
+    return value[keep] if per_token else value
+
+
 def _first(bad: Tensor) -> int:
     "Index of the first token for which `bad` (T,) or (T, K) holds."
     return int((bad if bad.ndim == 1 else bad.any(-1)).nonzero()[0])
 
 
-def _validate(r: Routing):
-    T, E = r.logits.shape if r.logits.ndim == 2 else (None, None)
-    if T is None:
+def _check_shapes(r: Routing):
+    "Refuse a routing whose tensors do not fit each other."
+    if r.logits.ndim != 2:
         raise ValueError(f"Routing.logits must be (T, E), got shape {tuple(r.logits.shape)}")
-    if r.experts.ndim != 2 or r.experts.shape != r.weights.shape or len(r.experts) != T:
-        raise ValueError(
-            f"Routing.experts and weights must both be ({T}, K), got {tuple(r.experts.shape)} and {tuple(r.weights.shape)}"
-        )
+    experts, weights, T = tuple(r.experts.shape), tuple(r.weights.shape), len(r.logits)
+    if r.experts.ndim != 2 or experts != weights or len(r.experts) != T:
+        raise ValueError(f"Routing.experts and weights must both be ({T}, K), got {experts} and {weights}")
     if r.logits.dtype != torch.float32:
         raise ValueError(f"Routing.logits must be float32, got {r.logits.dtype}")
     if r.experts.dtype != torch.int64:
         raise ValueError(f"Routing.experts must be int64, got {r.experts.dtype}")
-    unused = r.experts == E
+
+# %% ../nbs/00_core.ipynb #97fa2c7a
+def _check_slots(r: Routing):
+    "Refuse a routing whose values break an invariant, and name the invariant and the first token."
+    E, unused, ids = r.num_experts, r.experts == r.num_experts, r.experts.sort(-1).values
     broken = {
         "logits that are NaN or infinite": ~r.logits.isfinite(),
         f"an expert outside 0..{E} ({E} marks an unused slot)": (r.experts < 0) | (r.experts > E),
@@ -175,14 +170,11 @@ def _validate(r: Routing):
         "a weight that is not 0 in an unused slot": unused & (r.weights != 0),
         "a used slot behind an unused one": unused[:, :-1] & ~unused[:, 1:],
         "slots that are not ordered by weight, largest first": r.weights[:, 1:] > r.weights[:, :-1],
+        "an expert used twice": (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < E),
     }
     for what, bad in broken.items():
         if bad.any():
             raise ValueError(f"Routing breaks an invariant: {what}, first in token {_first(bad)}")
-    ids = r.experts.sort(-1).values
-    twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < E)
-    if twice.any():
-        raise ValueError(f"Routing breaks an invariant: an expert used twice, first in token {_first(twice)}")
 
 # %% ../nbs/00_core.ipynb #cfea97f2-2
 @dataclass(frozen=True)
@@ -201,7 +193,9 @@ class GateView:
         return self.logits.shape[-1]
 
 # %% ../nbs/00_core.ipynb #cceb2e2d
-def softmax_weigh(logits: Tensor) -> Callable[[Tensor], Tensor]:
+def softmax_weigh(
+    logits: Tensor,  # (T, E), raw
+) -> Callable[[Tensor], Tensor]:  # experts (T, K), unused = E -> weights (T, K)
     "The weights of a plain softmax gate: `softmax(logits)` at the chosen experts, not renormalised."
     probs = logits.float().softmax(-1)
     return lambda experts: one_past_last(experts, probs)
@@ -212,19 +206,17 @@ def as_view(
     k: int | None = None,  # experts per token when `gate` is a tensor; default min(8, E)
     context: Context | None = None,  # when `gate` is a tensor
 ) -> GateView:
-    "Make a gate view of plain logits; a view passes through. Logits that are NaN or infinite are refused."
+    "Make a gate view of plain logits; a view passes through. ValueError for logits that are NaN or infinite."
     if not isinstance(gate, GateView):
         if not isinstance(gate, Tensor):
             raise TypeError(f"a rule takes a GateView or a logits tensor (T, E), got {type(gate).__name__}")
         if gate.ndim != 2:
             raise ValueError(f"logits must be (T, E), got shape {tuple(gate.shape)}: flatten batch and sequence first")
         logits = gate.float()
-        gate = GateView(
-            logits, logits, softmax_weigh(logits), min(8, logits.shape[-1]) if k is None else k, context or Context()
-        )
-    if (
-        not gate.logits.sum().isfinite() and not gate.logits.isfinite().all()
-    ):  # the sum alone is far cheaper, and NaN or inf survive it
+        k = min(8, logits.shape[-1]) if k is None else k
+        gate = GateView(logits, logits, softmax_weigh(logits), k, context or Context())
+    # the sum alone is far cheaper, and NaN or inf survive it
+    if not gate.logits.sum().isfinite() and not gate.logits.isfinite().all():
         bad = _first(~gate.logits.isfinite())
         raise ValueError(
             f"gate logits are NaN or infinite, first in row {bad} of layer {gate.context.layer}: look for an overflow "
@@ -241,6 +233,7 @@ class Rule:
         self,
         gate: "GateView | Tensor",  # a view, or raw logits (T, E)
     ) -> Routing:
+        "The decision for a view, or for logits (T, E) as those of a plain softmax gate."
         return self.decide(as_view(gate))
 
     def decide(self, view: GateView) -> Routing:
@@ -266,11 +259,40 @@ def keyed_generator(
     mixed = (int(seed) * 1_000_003 + context.forward) * 1_009 + context.layer
     return torch.Generator().manual_seed(mixed % (1 << 63))
 
-# %% ../nbs/00_core.ipynb #cb42fa3a
-class Router(nn.Module):
-    "A linear scorer followed by a rule."
+# %% ../nbs/00_core.ipynb #61808faf
+class Scorer(nn.Module):
+    "Logits from hidden states by a linear map, in float32. Subclasses with more than a matrix override all methods."
 
     depth_shared = False  # one object for all layers of a model, or one a layer
+
+    def __init__(
+        self,
+        hidden_size: int,  # H
+        num_experts: int,  # E
+    ):
+        super().__init__()
+        in_range(hidden_size, 1, float("inf"), "hidden_size")
+        self.num_experts = in_range(num_experts, 1, float("inf"), "num_experts")
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        nn.init.normal_(self.weight, std=hidden_size**-0.5)
+
+    def score(self, hidden: Tensor, context: Context, state) -> tuple[Tensor, object]:
+        "Hidden states (T, H) float32 to logits (T, E), and the state for the next layer."
+        return nn.functional.linear(hidden, self.weight.float()), state
+
+    def permute_(self, order: Tensor) -> None:
+        "Put the experts into another order (E,) int64, in weights and state."
+        for t in (*self.parameters(), *self.buffers()):
+            if t.ndim and t.shape[0] == self.num_experts:
+                t.data.copy_(t.data[order])
+
+    def flops(self) -> float:
+        "Matrix FLOPs of one token's logits."
+        return 2.0 * self.weight.numel()
+
+# %% ../nbs/00_core.ipynb #cb42fa3a
+class Router(Scorer):
+    "A scorer followed by a rule."
 
     def __init__(
         self,
@@ -281,62 +303,30 @@ class Router(nn.Module):
         eval_rule: Rule | None = None,  # in evaluation; None: the same rule
         losses: dict[str, float] | None = None,  # auxiliary losses it is trained with -> coefficient
     ):
-        super().__init__()
-        in_range(hidden_size, 1, float("inf"), "hidden_size")
-        in_range(num_experts, 1, float("inf"), "num_experts")
-        self.rule, self.eval_rule, self.k, self.losses, self.as_trained, self.num_experts = (
-            rule,
-            eval_rule,
-            k,
-            dict(losses or {}),
-            False,
-            num_experts,
-        )
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
-        nn.init.normal_(self.weight, std=hidden_size**-0.5)
-
-    def score(self, hidden: Tensor, context: Context, state) -> tuple[Tensor, object]:
-        "Hidden states (T, H) float32 to logits (T, E), and the state for the next layer."
-        return nn.functional.linear(hidden, self.weight.float()), state
+        super().__init__(hidden_size, num_experts)
+        self.rule, self.eval_rule, self.k = rule, eval_rule, k
+        self.losses, self.as_trained = dict(losses or {}), False
 
     def view(self, logits: Tensor, context: Context) -> GateView:
-        "The view that the rule decides on; routers that steer by a bias put it into `choice`."
+        "The view of logits (T, E) that the rule decides on; routers that steer by a bias put it into `choice`."
         return as_view(logits, self.k, context)
 
-    def forward(
-        self,
-        hidden: Tensor,  # (T, H), any floating dtype
-        context: Context | None = None,  # of this layer and forward
-        state=None,  # handed through depth; routers without memory return it unchanged
-    ) -> tuple[Routing, object]:
+    def forward(self, hidden: Tensor, context: Context | None = None, state=None) -> tuple[Routing, object]:
+        "Hidden states (T, H) of any floating dtype to a decision, and the state for the next layer."
         context = context or Context()
         with torch.autocast(hidden.device.type, enabled=False):
             logits, state = self.score(hidden.float(), context, state)
         rule = self.rule if self.training or self.as_trained or self.eval_rule is None else self.eval_rule
         return rule(self.view(logits, context)), state
 
-    def steer(
-        self,
-        gather: Callable[[Tensor], Tensor] = lambda x: x,  # (N, ...) of this process -> (N of all processes, ...)
-    ) -> None:
-        "Change what balances the load, once after an optimizer step. Nothing to do for a router without such a state."
+    def steer(self, gather: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        "Once after an optimizer step: change what balances the load; `gather` (N, ...) collects from all processes."
 
     def forget(self) -> None:
         "Drop what was gathered since the last `steer`: the step is done again."
 
-    def permute_(self, order: Tensor) -> None:  # (E,) int64
-        "Put the experts into another order, in weights and state."
-        for t in (*self.parameters(), *self.buffers()):
-            if t.ndim and t.shape[0] == self.num_experts:
-                t.data.copy_(t.data[order])
-
-    def flops(self) -> float:
-        "Matrix FLOPs of one token's logits."
-        return 2.0 * self.weight.numel()
-
     def extra_repr(self) -> str:
         "The rules and losses, for printing."
         later = "" if self.eval_rule is None else f", evaluated with {self.eval_rule.describe()}"
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.rule.describe()}{later}" + (
-            f", losses {self.losses}" if self.losses else ""
-        )
+        losses = f", losses {self.losses}" if self.losses else ""
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.rule.describe()}{later}{losses}"

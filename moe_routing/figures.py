@@ -11,6 +11,14 @@ from pathlib import Path
 
 from .settings import load_settings
 
+# %% ../nbs/02_figures.ipynb #e837dbee
+def router_style(
+    router: str,  # a name of the zoo
+) -> dict:  # color=, marker= for matplotlib
+    "The fixed colour and marker of a router; an unlisted one is grey."
+    colour, marker = ROUTER_STYLE.get(router, ("grey", "."))
+    return {"color": PALETTE[colour], "marker": marker}
+
 # %% ../nbs/02_figures.ipynb #cb95df85
 PALETTE = {
     "black": "#000000",
@@ -63,17 +71,9 @@ ROUTER_STYLE = {
     "spectra_as_shipped": ("purple", "P"),
 }  # router -> colour name, marker
 
-# %% ../nbs/02_figures.ipynb #c7c61d66
-def router_style(
-    router: str,  # a name of the zoo
-) -> dict:  # color=, marker= for matplotlib
-    "The fixed colour and marker of a router; an unlisted one is grey."
-    colour, marker = ROUTER_STYLE.get(router, ("grey", "."))
-    return {"color": PALETTE[colour], "marker": marker}
-
 # %% ../nbs/02_figures.ipynb #c766845f
 def use_style() -> None:
-    "Set matplotlib up for this book: small type, no box, the palette as the colour cycle, SVG that is the same on every run."
+    "Set matplotlib up for this book: small type, no box, our palette, SVG that is the same on every run."
     import matplotlib
     from cycler import cycler
 

@@ -101,7 +101,9 @@ class Replay:
 
     @property
     def useful_ratio(self) -> float | None:
-        "Share of the speculative loads that were used before eviction; one still unused at the end counts as not used. None without any."
+        """Share of the speculative loads that were used before eviction.
+
+        One still unused at the end counts as not used. None without any."""
         return self.useful / self.fetched if self.fetched else None
 
     def as_dict(self) -> dict:
@@ -190,15 +192,15 @@ class _Store:
 
 # %% ../nbs/52_prefetch.ipynb #c3bb6fcc
 def _lowest(store: _Store, count: int, guard: int, forced: bool) -> list[int]:
-    "The items to evict: neither pinned at or after `guard` nor held; held ones when forced and there are no others. May be fewer than `count`."
-    items, rank, cached, pinned, held, heap = (
-        store.items,
-        store.rank,
-        store.cached,
-        store.pinned,
-        store.held,
-        store.heap,
-    )
+    """The items to evict: neither pinned at or after `guard` nor held; held ones when forced and there are no others.
+
+    May be fewer than `count`."""
+    items = store.items
+    rank = store.rank
+    cached = store.cached
+    pinned = store.pinned
+    held = store.held
+    heap = store.heap
     aside, found = [], []
     while heap and len(found) < count:
         k = heappop(heap)
@@ -301,14 +303,12 @@ def _serve(
     lag, overlap = -(-s.horizon // s.stride), s.horizon % s.stride == 0
     pending = deque(repeat([], lag - 1))
     guesses = None if s.guesses is None else chain(_rows(s.guesses[lag - 1 :]), repeat([]))
-    full, misses, waits, useful, collisions, clear = (
-        bool((s.needs < items).all()),
-        [0] * n,
-        [-1] * n,
-        0,
-        0,
-        s.clear.tolist(),
-    )
+    full = bool((s.needs < items).all())
+    misses = [0] * n
+    waits = [-1] * n
+    useful = 0
+    collisions = 0
+    clear = s.clear.tolist()
     for j, (need, ranks) in enumerate(zip(_rows(s.needs), _rows(s.ranks))):
         if clear[j]:
             store.clear()
@@ -357,7 +357,9 @@ def _serve(
 
 # %% ../nbs/52_prefetch.ipynb #c3c8551e
 def _ranks(needs: np.ndarray, items: int, policy: str, frequency: np.ndarray | None) -> tuple[np.ndarray, list]:
-    "The rank (n, K) that each use gives its item, and the rank (items,) before any use; both times items, plus the item."
+    """The rank (n, K) that each use gives its item, and the rank (items,) before any use.
+
+    Both times items, plus the item."""
     n, K = needs.shape
     own = np.arange(items)
     if policy == "static":
@@ -419,7 +421,9 @@ def _predicted_moves(ranked: np.ndarray, allowed: np.ndarray, num_experts: int, 
 
 # %% ../nbs/52_prefetch.ipynb #c567aeaf
 def _checked(experts, num_experts: int, sample) -> tuple[np.ndarray, np.ndarray]:
-    "Experts (T, L, K) and samples (T,), numbered from 0 in order, as int64; ValueError on anything a trace cannot hold."
+    """Experts (T, L, K) and samples (T,), numbered from 0 in order, as int64.
+
+    ValueError on anything a trace cannot hold."""
     x = np.asarray(experts).astype(np.int64)
     if x.ndim != 3:
         raise ValueError(f"experts must be (T, L, K), got shape {x.shape}")
@@ -427,7 +431,8 @@ def _checked(experts, num_experts: int, sample) -> tuple[np.ndarray, np.ndarray]
         raise ValueError(f"experts of shape {x.shape} hold no access: an empty trace cannot be replayed")
     if x.min() < 0 or x.max() > num_experts:
         raise ValueError(
-            f"experts holds id {x.min() if x.min() < 0 else x.max()}, outside 0..{num_experts} ({num_experts} marks an unused slot)"
+            f"experts holds id {x.min() if x.min() < 0 else x.max()}, outside 0..{num_experts} ({num_experts} marks "
+            "an unused slot)"
         )
     if (x == num_experts).all():
         raise ValueError("every slot of experts is unused: an empty trace cannot be replayed")
@@ -443,17 +448,19 @@ def _checked(experts, num_experts: int, sample) -> tuple[np.ndarray, np.ndarray]
         raise ValueError("the tokens of a sample must follow each other: sort tokens by sample (stable) first")
     return x, begins.cumsum() - 1
 
-
+# %% ../nbs/52_prefetch.ipynb #01ec7a28
 def _guesses(predicted, shape: tuple, num_experts: int) -> np.ndarray:
     "Predictions (T, L, M) as int64; ValueError when they do not belong to this trace."
     p = np.asarray(predicted).astype(np.int64)
     if p.ndim != 3 or p.shape[:2] != shape[:2]:
         raise ValueError(
-            f"predicted has shape {p.shape}, but the trace has (T, L) = {tuple(shape[:2])}: give the predictions of the same tokens, in order"
+            f"predicted has shape {p.shape}, but the trace has (T, L) = {tuple(shape[:2])}: give the predictions of "
+            "the same tokens, in order"
         )
     if p.size and (p.min() < 0 or p.max() > num_experts):
         raise ValueError(
-            f"predicted holds id {p.min() if p.min() < 0 else p.max()}, outside 0..{num_experts} ({num_experts} marks no guess)"
+            f"predicted holds id {p.min() if p.min() < 0 else p.max()}, outside 0..{num_experts} ({num_experts} "
+            "marks no guess)"
         )
     return p
 
@@ -474,11 +481,9 @@ def replay(
     generator: np.random.Generator | None = None,  # for policy "random"; default: seeded with 0
 ) -> Replay:
     "Replay a trace through an expert cache. ValueError names what is wrong with trace, predictions or parameters."
-    (
-        in_range(num_experts, 1, 2**31, "num_experts"),
-        known(policy, POLICIES, "cache policy"),
-        known(scope, ("layer", "global"), "cache scope"),
-    )
+    in_range(num_experts, 1, 2**31, "num_experts")
+    known(policy, POLICIES, "cache policy")
+    known(scope, ("layer", "global"), "cache scope")
     (x, s), E = _checked(experts, num_experts, sample), num_experts
     T, L, K = x.shape
     p = None if predicted is None else _guesses(predicted, x.shape, E)
@@ -486,11 +491,9 @@ def replay(
         raise ValueError(f"policy {policy!r} with prefetch = {prefetch} needs predicted, the ranked experts (T, L, M)")
     if policy == "none" and prefetch:
         raise ValueError(f"prefetch = {prefetch}, but policy 'none' has no cache to fetch into: choose another policy")
-    (
-        in_range(whole(capacity, "capacity"), 1, E if scope == "layer" else L * E, "capacity"),
-        in_range(whole(horizon, "horizon"), 1, T * L, "horizon"),
-        in_range(expert_bytes, 0, float("inf"), "expert_bytes", open_high=True),
-    )
+    in_range(whole(capacity, "capacity"), 1, E if scope == "layer" else L * E, "capacity")
+    in_range(whole(horizon, "horizon"), 1, T * L, "horizon")
+    in_range(expert_bytes, 0, float("inf"), "expert_bytes", open_high=True)
     in_range(
         whole(prefetch, "prefetch"),
         0,
@@ -514,13 +517,11 @@ def _replay(
     position = np.arange(T) - np.maximum.accumulate(np.where(begins, np.arange(T), 0))
     allowed = position[:, None] * L + np.arange(L) >= horizon  # (T, L) the prediction was made inside the sample
     offset = np.arange(L)[:, None] * E
-    demand, waits, speculative, useful, collisions = (
-        np.zeros((T, L), dtype=np.int64),
-        np.full((T, L), -1),
-        np.zeros(T * L, dtype=np.int64),
-        0,
-        0,
-    )
+    demand = np.zeros((T, L), dtype=np.int64)
+    waits = np.full((T, L), -1)
+    speculative = np.zeros(T * L, dtype=np.int64)
+    useful = 0
+    collisions = 0
     if policy == "none":
         demand = (x < E).sum(-1)
     rng = Random(int((generator or np.random.default_rng(0)).integers(2**62))) if policy == "random" else None
@@ -584,7 +585,9 @@ def hit_rate_interval(
     documents=None,  # (S,) label of the document of each sample; default: a sample is a document
     level: float = 0.95,
 ) -> Interval:  # of the hit rate, or of the difference
-    "Hit rate, or difference of two, with an interval over documents: studentised bootstrap, with fewer than ten documents Student's t. ValueError with one."
+    """Hit rate, or difference of two, with an interval over documents.
+
+    Studentised bootstrap, with fewer than ten documents Student's t. ValueError with one."""
     if b is not None and not np.array_equal(a.sample_accesses, b.sample_accesses):
         raise ValueError("the two replays are of different traces: their samples have other numbers of accesses")
     hits = a.sample_accesses - a.sample_misses
@@ -637,7 +640,8 @@ def load_predictions(
         )
     if token.min() < 0 or token.max() >= num_tokens:
         raise ValueError(
-            f"{path}: token names row {int(token.max())} (or one below 0), but the trace has rows 0..{num_tokens - 1}: predictions of another trace"
+            f"{path}: token names row {int(token.max())} (or one below 0), but the trace has rows "
+            f"0..{num_tokens - 1}: predictions of another trace"
         )
     if len(token.unique()) < len(token):
         raise ValueError(f"{path}: token names a row twice")
@@ -689,11 +693,9 @@ def _stalls(r: Replay, load_ms: float, compute_ms: float, known_ms: float = 0) -
 
 def _load_ms(r: Replay, bandwidth: float, compute_ms: float, latency_ms: float) -> float:
     "Milliseconds of one load; refuses what is not a link."
-    (
-        in_range(bandwidth, 0, float("inf"), "bandwidth (GB/s)", True),
-        in_range(compute_ms, 0, float("inf"), "compute_ms", True, True),
-        in_range(latency_ms, 0, float("inf"), "latency_ms", open_high=True),
-    )
+    in_range(bandwidth, 0, float("inf"), "bandwidth (GB/s)", True)
+    in_range(compute_ms, 0, float("inf"), "compute_ms", True, True)
+    in_range(latency_ms, 0, float("inf"), "latency_ms", open_high=True)
     return latency_ms + r.expert_bytes / bandwidth * 1e-6
 
 # %% ../nbs/52_prefetch.ipynb #c7da5024
@@ -726,7 +728,9 @@ def break_even(
     latency_ms: float = 0,  # of each load
     known_ms: float = 0,  # as for `serving_time`
 ) -> float:  # GB/s; above it prefetching is faster. 0: at every bandwidth; inf: at none
-    "The bandwidth at which prefetching stops being faster. Load times from a thousandth of the computation to 10^5 times it are searched."
+    """The bandwidth at which prefetching stops being faster.
+
+    Load times from a thousandth of the computation to 10^5 times it are searched."""
     _load_ms(ahead, 1, compute_ms, latency_ms)
     if demand.fetched or len(ahead.demand) != len(demand.demand) or ahead.expert_bytes != demand.expert_bytes:
         raise ValueError(
@@ -775,8 +779,10 @@ def worth(
         else f"{100 * ahead.useful_ratio:.0f} % of the fetches were used"
     )
     words = (
-        f"at {bandwidth:g} GB/s prefetching {'is undecided' if verdict == 'undecided' else verdict}: {ours['tokens_per_s']:.4g} tokens/s against {theirs['tokens_per_s']:.4g} of {best.policy}, "
-        f"time saved {100 * saved.estimate:.1f} % [{100 * saved.low:.1f}, {100 * saved.high:.1f}]; hit rate {100 * (ahead.hit_rate - best.hit_rate):+.1f} points, {used}; on this trace it is faster {where}"
+        f"at {bandwidth:g} GB/s prefetching {'is undecided' if verdict == 'undecided' else verdict}: "
+        f"{ours['tokens_per_s']:.4g} tokens/s against {theirs['tokens_per_s']:.4g} of {best.policy}, "
+        f"time saved {100 * saved.estimate:.1f} % [{100 * saved.low:.1f}, {100 * saved.high:.1f}]; hit rate "
+        f"{100 * (ahead.hit_rate - best.hit_rate):+.1f} points, {used}; on this trace it is faster {where}"
     )
     return {
         "saved": saved.estimate,
@@ -818,14 +824,14 @@ def local_consistency(
     sample: Tensor | None = None,  # (T,) windows do not cross samples; default: one
     generator: np.random.Generator | None = None,  # of the controls; default: seeded with 0
 ) -> list[dict]:  # a row a layer: srp, group, sch, each also with _random and _shuffled
-    "Segment routing best performance and segment cache best hit rate, beside random and shuffled routing. ValueError when no sample is as long as a window."
+    """Segment routing best performance and segment cache best hit rate, beside random and shuffled routing.
+
+    ValueError when no sample is as long as a window."""
     in_range(num_experts, 1, 2**31, "num_experts")
     (x, s), generator = _checked(experts, num_experts, sample), generator or np.random.default_rng(0)
     longest = int(np.bincount(s).max())
-    (
-        in_range(whole(segment, "segment"), 1, longest, "segment (at most the longest sample)"),
-        in_range(whole(capacity, "capacity"), 1, num_experts, "capacity"),
-    )
+    in_range(whole(segment, "segment"), 1, longest, "segment (at most the longest sample)")
+    in_range(whole(capacity, "capacity"), 1, num_experts, "capacity")
     rows = []
     for layer in range(x.shape[1]):
         own = x[:, layer]

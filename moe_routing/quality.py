@@ -43,14 +43,15 @@ def encode(
     starts: list[int] | None = None,  # for each text the number of characters that are context; None: all is scored
     max_length: int = 512,  # longest text in tokens
 ) -> list[Encoded]:  # without texts of which nothing can be scored
-    "Tokenise texts; too long ones lose their end, or with `starts` their beginning. Empty and one-token texts are left out."
+    """Tokenise texts; too long ones lose their end, or with `starts` their beginning.
+
+    Empty and one-token texts are left out. ValueError for a max_length below 2."""
     in_range(max_length, 2, float("inf"), "max_length")
-    encoded = []
     if not texts:
-        return encoded
-    tokens = tokenizer(
-        texts, return_offsets_mapping=starts is not None, add_special_tokens=True, return_attention_mask=False
-    )
+        return []
+    offsets = starts is not None
+    tokens = tokenizer(texts, return_offsets_mapping=offsets, add_special_tokens=True, return_attention_mask=False)
+    encoded = []
     for i, ids in enumerate(tokens["input_ids"]):
         first = 1
         if starts is not None:
@@ -92,7 +93,7 @@ def _logits(model, ids: Tensor, mask: Tensor, first: int) -> Tensor:
 
 
 def _losses(logits: Tensor, targets: Tensor, rows: int = 2048) -> tuple[Tensor, Tensor]:
-    "Loss in nats and most likely token for (N, V) logits and (N,) targets; float32 copies of at most `rows` rows at a time."
+    "Loss in nats and most likely token, (N,) each, of (N, V) logits and (N,) targets; float32 copies of few rows."
     loss, best = [], []
     for part, target in zip(logits.split(rows), targets.split(rows)):
         part = part.float()
@@ -109,10 +110,8 @@ def score(
     recorder=None,  # has start(sample_ids, texts) and end(losses), called around each forward
     names: list[tuple[int, str]] | None = None,  # for the recorder: id and text of every encoded index
     progress: bool = False,  # show a bar over the texts
-) -> dict[
-    int, tuple[Tensor, Tensor]
-]:  # by index: loss of each scored token in nats, most likely token; both (scored,) on the CPU
-    "Run the model over all texts once and score what is to be scored. A loss that is not finite is an error."
+) -> dict[int, tuple[Tensor, Tensor]]:  # by index: losses in nats, most likely tokens; (scored,) each, on the CPU
+    "Run the model over all texts once and score what is to be scored. ValueError for a loss that is not finite."
     device, results = model.get_input_embeddings().weight.device, {}
     bar = tqdm(total=len(encoded), unit="text", disable=not progress)
     for members, ids, mask in batches(encoded, batch_size):
@@ -125,9 +124,8 @@ def score(
         loss, best = _losses(logits[wanted], ids[:, first:][wanted])
         if not loss.isfinite().all():
             row = members[int(wanted.nonzero()[int((~loss.isfinite()).nonzero()[0])][0])]
-            raise ValueError(
-                f"the model's logits are NaN or infinite, first in text {row.index}: the checkpoint or the routing is broken"
-            )
+            broken = "the checkpoint or the routing is broken"
+            raise ValueError(f"the model's logits are NaN or infinite, first in text {row.index}: {broken}")
         parts = [e.scored for e in members]
         for e, l, b in zip(members, loss.cpu().split(parts), best.cpu().split(parts)):
             results[e.index] = (l, b)
@@ -168,19 +166,14 @@ def _records(texts: list) -> list[dict]:
 
 
 def _number(record: dict, i: int) -> int:
+    "The id of a record where it is a number, else its place."
     return record["id"] if isinstance(record.get("id"), int) else i
 
 
-def _none_left(what: str, count: int):
-    return ValueError(
-        f"{what}: none of the {count} texts can be scored, each is empty or has a single token: give texts of at least two tokens"
-    )
-
-
-def _grouped(rows: list[dict], key: str) -> dict[str, list[dict]]:
-    "Rows by the value of a key, when there is more than one value."
-    names = sorted({r[key] for r in rows if key in r})
-    return {n: [r for r in rows if r.get(key) == n] for n in names} if len(names) > 1 else {}
+def _none_left(what: str, count: int) -> ValueError:
+    "The error where nothing can be scored."
+    why = "each is empty or has a single token: give texts of at least two tokens"
+    return ValueError(f"{what}: none of the {count} texts can be scored, {why}")
 
 
 def _share(rows: list[dict], key: str) -> tuple[float, tuple[float, float]]:
@@ -188,6 +181,35 @@ def _share(rows: list[dict], key: str) -> tuple[float, tuple[float, float]]:
     right = sum(bool(r[key]) for r in rows)
     share = wilson(right, len(rows))
     return share.estimate, (share.low, share.high)
+
+
+def _result(rows: list[dict], measure, key: str, skipped: int) -> Result:
+    "Rows as a Result, with groups by `key` where it has two values or more; measure(rows): metrics, intervals, chance."
+    names = sorted({r[key] for r in rows})
+    groups = {name: [r for r in rows if r[key] == name] for name in names} if len(names) > 1 else {}
+    of_group = lambda own: dict(zip(("metrics", "intervals", "chance"), measure(own)), count=len(own))
+    metrics, *more = measure(rows)
+    return Result(metrics, rows, *more, groups={n: of_group(own) for n, own in groups.items()}, skipped=skipped)
+
+# %% ../nbs/60_quality.ipynb #new60d
+def _score_records(model, tokenizer, records, what, starts, max_length, batch_size, recorder, progress) -> list[tuple]:
+    "(Encoded, losses, most likely tokens) of every record that can be scored; ValueError where none can be."
+    texts = [r["text"] for r in records]
+    encoded = encode(tokenizer, texts, starts, max_length)
+    if not encoded:
+        raise _none_left(what, len(records))
+    names = [(_number(r, i), text) for i, (r, text) in enumerate(zip(records, texts))]
+    scored = score(model, encoded, batch_size, recorder, names, progress)
+    return [(e, *scored[e.index]) for e in encoded]
+
+# %% ../nbs/60_quality.ipynb #new60a
+def _perplexities(rows: list[dict]) -> tuple[dict, dict]:
+    "Metrics and intervals of rows with a mean loss and a number of tokens."
+    sums, counts = [r["loss"] * r["tokens"] for r in rows], [r["tokens"] for r in rows]
+    low, high = _ratio_interval(sums, counts)
+    loss, by_text = sum(sums) / sum(counts), sum(r["loss"] for r in rows) / len(rows)
+    metrics = dict(perplexity=math.exp(loss), perplexity_per_sample=math.exp(by_text), loss=loss, tokens=sum(counts))
+    return metrics, dict(perplexity=(math.exp(low), math.exp(min(high, 700))), loss=(low, high))
 
 # %% ../nbs/60_quality.ipynb #c3eec4b1
 def perplexity(
@@ -199,43 +221,21 @@ def perplexity(
     recorder=None,  # see `score`
     progress: bool = False,
 ) -> Result:  # perplexity (by tokens), perplexity_per_sample (the seed's), loss, tokens; groups by domain
-    "Perplexity of a model on texts. Source: seed 002; token weighting as in its later code."
+    """Perplexity of a model on texts. ValueError where no text has two tokens.
+
+    Source: seed document 002; token weighting as in its later code."""
     records = _records(texts)
-    encoded = encode(tokenizer, [r["text"] for r in records], max_length=max_length)
-    if not encoded:
-        raise _none_left("perplexity", len(records))
-    scored = score(
-        model, encoded, batch_size, recorder, [(_number(r, i), r["text"]) for i, r in enumerate(records)], progress
-    )
+    scored = _score_records(model, tokenizer, records, "perplexity", None, max_length, batch_size, recorder, progress)
     rows = [
         dict(
             id=records[e.index].get("id", e.index),
             domain=records[e.index].get("domain", "all"),
-            loss=scored[e.index][0].double().mean().item(),
+            loss=loss.double().mean().item(),
             tokens=e.scored,
         )
-        for e in encoded
+        for e, loss, _ in scored
     ]
-
-    def measure(rows):
-        sums, counts = [r["loss"] * r["tokens"] for r in rows], [r["tokens"] for r in rows]
-        low, high = _ratio_interval(sums, counts)
-        loss = sum(sums) / sum(counts)
-        return (
-            dict(
-                perplexity=math.exp(loss),
-                perplexity_per_sample=math.exp(sum(r["loss"] for r in rows) / len(rows)),
-                loss=loss,
-                tokens=sum(counts),
-            ),
-            dict(perplexity=(math.exp(low), math.exp(min(high, 700))), loss=(low, high)),
-        )
-
-    metrics, intervals = measure(rows)
-    groups = {
-        n: dict(zip(("metrics", "intervals"), measure(g)), count=len(g)) for n, g in _grouped(rows, "domain").items()
-    }
-    return Result(metrics, rows, intervals, groups=groups, skipped=len(records) - len(encoded))
+    return _result(rows, _perplexities, "domain", len(records) - len(rows))
 
 # %% ../nbs/60_quality.ipynb #c52ff7fb
 def unigram_perplexity(
@@ -244,17 +244,30 @@ def unigram_perplexity(
     texts: list,  # strings or records with `text`: where they are predicted
     max_length: int = 512,
 ) -> float:
-    "Token-weighted perplexity of add-one smoothed token frequencies: the control of `perplexity`."
+    """Token-weighted perplexity of add-one smoothed token frequencies: the control of `perplexity`.
+
+    ValueError where no text has two tokens."""
     counts = Counter(t for ids in tokenizer([r["text"] for r in _records(training)]).input_ids for t in ids)
     total, size = sum(counts.values()), len(tokenizer)
-    scored = [
-        t
-        for e in encode(tokenizer, [r["text"] for r in _records(texts)], max_length=max_length)
-        for t in e.ids[e.first :]
-    ]
+    encoded = encode(tokenizer, [r["text"] for r in _records(texts)], max_length=max_length)
+    scored = [t for e in encoded for t in e.ids[e.first :]]
     if not scored:
         raise _none_left("unigram_perplexity", len(texts))
     return math.exp(-sum(math.log((counts[t] + 1) / (total + size)) for t in scored) / len(scored))
+
+# %% ../nbs/60_quality.ipynb #new60b
+def _last_words(rows: list[dict]) -> tuple[dict, dict, dict]:
+    "Metrics, intervals and the best constant guess of rows of `lambada`."
+    full, interval = _share(rows, "correct")
+    first, first_interval = _share(rows, "correct_first_token_seed")
+    constant = Counter(r["word"] for r in rows).most_common(1)[0][1] / len(rows)
+    metrics = dict(
+        lambada_accuracy=full,
+        lambada_accuracy_first_token_seed=first,
+        lambada_word_perplexity=math.exp(sum(r["loss"] * r["tokens"] for r in rows) / len(rows)),
+    )
+    intervals = dict(lambada_accuracy=interval, lambada_accuracy_first_token_seed=first_interval)
+    return metrics, intervals, dict(lambada_accuracy=constant)
 
 # %% ../nbs/60_quality.ipynb #cec013a3
 def lambada(
@@ -266,19 +279,13 @@ def lambada(
     recorder=None,  # see `score`; it hears the whole text, the loss is that of the last word
     progress: bool = False,
 ) -> Result:  # lambada_accuracy, lambada_accuracy_first_token_seed, lambada_word_perplexity; groups by kind
-    "Does the model find the last word? Every token of it has to be the most likely one. Source: seed 002, and its one-token convention."
-    texts = [r["text"] for r in records]
-    encoded = encode(tokenizer, texts, [len(r["context"]) for r in records], max_length)
-    if not encoded:
-        raise _none_left("lambada", len(records))
-    scored, rows = (
-        score(
-            model, encoded, batch_size, recorder, [(_number(r, i), r["text"]) for i, r in enumerate(records)], progress
-        ),
-        [],
-    )
-    for e in encoded:
-        record, (loss, best) = records[e.index], scored[e.index]
+    """Does the model find the last word? Every token of it has to be the most likely one.
+
+    ValueError where no record can be scored. Source: seed document 002, and its one-token convention."""
+    starts, rows = [len(r["context"]) for r in records], []
+    scored = _score_records(model, tokenizer, records, "lambada", starts, max_length, batch_size, recorder, progress)
+    for e, loss, best in scored:
+        record = records[e.index]
         one = tokenizer.decode([int(best[0])]).strip().lower()
         rows.append(
             dict(
@@ -291,28 +298,42 @@ def lambada(
                 correct_first_token_seed=one == record["word"].strip().lower(),
             )
         )
+    return _result(rows, _last_words, "kind", len(records) - len(rows))
 
-    def measure(rows):
-        full, interval = _share(rows, "correct")
-        seed, seed_interval = _share(rows, "correct_first_token_seed")
-        constant = Counter(r["word"] for r in rows).most_common(1)[0][1] / len(rows)
-        metrics = dict(
-            lambada_accuracy=full,
-            lambada_accuracy_first_token_seed=seed,
-            lambada_word_perplexity=math.exp(sum(r["loss"] * r["tokens"] for r in rows) / len(rows)),
-        )
-        return (
-            metrics,
-            dict(lambada_accuracy=interval, lambada_accuracy_first_token_seed=seed_interval),
-            dict(lambada_accuracy=constant),
-        )
+# %% ../nbs/60_quality.ipynb #new60c
+def _endings(records: list[dict]) -> list[tuple[int, int, str, str]]:
+    "(question, ending, context, text of the ending) of all endings of all questions."
+    contexts = lambda r: r.get("contexts") or [r["context"]] * len(r["endings"])
+    return [(i, j, *pair) for i, r in enumerate(records) for j, pair in enumerate(zip(contexts(r), r["endings"]))]
 
-    metrics, intervals, chance = measure(rows)
-    groups = {
-        n: dict(zip(("metrics", "intervals", "chance"), measure(g)), count=len(g))
-        for n, g in _grouped(rows, "kind").items()
-    }
-    return Result(metrics, rows, intervals, chance, groups, len(records) - len(encoded))
+
+def _answer(record: dict, losses: list[float], tokens: list[int], means: list[float]) -> dict:
+    "A row of one question: summed losses and tokens of its endings, mean losses of its whole texts, what they pick."
+    least = lambda values: min(range(len(values)), key=values.__getitem__)
+    label = record["label"]
+    picks = dict(
+        choice=least([l / max(1, len(t)) for l, t in zip(losses, record["endings"])]),
+        choice_unnormalised=least(losses),
+        choice_seed=least(means),
+    )
+    return dict(
+        loss=losses[label] / tokens[label],
+        tokens=tokens[label],
+        label=label,
+        losses=losses,
+        whole_text_losses=means,
+        **picks,
+        **{c.replace("choice", "correct"): p == label for c, p in picks.items()},
+        guess=1 / len(losses),
+    )
+
+
+def _accuracies(rows: list[dict], name: str) -> tuple[dict, dict, dict]:
+    "Metrics, intervals and guessing of rows of `multiple_choice`."
+    marks = ("correct", "correct_unnormalised", "correct_seed")
+    shares = {f"{name}_{c.replace('correct', 'accuracy')}": _share(rows, c) for c in marks}
+    chance = sum(r["guess"] for r in rows) / len(rows)
+    return {k: v for k, (v, _) in shares.items()}, {k: v for k, (_, v) in shares.items()}, dict.fromkeys(shares, chance)
 
 # %% ../nbs/60_quality.ipynb #c4472dcf
 def multiple_choice(
@@ -325,22 +346,15 @@ def multiple_choice(
     recorder=None,  # see `score`; ending j of question i has the id i * endings + j
     progress: bool = False,
 ) -> Result:  # {name}_accuracy, _unnormalised, _seed; groups by kind; samples carry all losses
-    "Which ending does the model find likeliest? Sources: lm-eval's acc_norm and acc; seed 002 for the whole text."
-    widest = max((len(r["endings"]) for r in records), default=1)
-    pairs = [
-        (i, c, e)
-        for i, r in enumerate(records)
-        for c, e in zip(r.get("contexts") or [r["context"]] * len(r["endings"]), r["endings"])
-    ]
-    texts = [f"{c} {e}" for _, c, e in pairs]
-    names = [
-        (_number(records[i], i) * widest + sum(p[0] == i for p in pairs[max(0, n - widest) : n]), texts[n])
-        for n, (i, _, _) in enumerate(pairs)
-    ]
-    whole = encode(tokenizer, texts, max_length=10**9)
-    ending = {e.index: e for e in encode(tokenizer, texts, [len(c) for _, c, _ in pairs], 10**9)}
+    """Which ending does the model find likeliest? ValueError where no question can be scored.
+
+    Sources: lm-eval's acc_norm and acc; seed document 002 for the whole text."""
+    widest, pairs = max((len(r["endings"]) for r in records), default=1), _endings(records)
+    texts = [f"{context} {ending}" for _, _, context, ending in pairs]
+    names = [(_number(records[i], i) * widest + j, text) for (i, j, _, _), text in zip(pairs, texts)]
+    ending = {e.index: e for e in encode(tokenizer, texts, [len(context) for _, _, context, _ in pairs], 10**9)}
     by_question = [[] for _ in records]
-    for e in whole:
+    for e in encode(tokenizer, texts, max_length=10**9):
         if e.index in ending:
             by_question[pairs[e.index][0]].append(e)
     usable = [i for i, found in enumerate(by_question) if len(found) == len(records[i]["endings"])]
@@ -349,54 +363,13 @@ def multiple_choice(
     cut = [Encoded(e.index, e.ids[-max_length:], 1) for i in usable for e in by_question[i]]
     scored, rows = score(model, cut, batch_size * widest, recorder, names, progress), []
     for i in usable:
-        record, losses, tokens, means = records[i], [], [], []
-        for e in by_question[i]:
-            loss, n = scored[e.index][0].double(), ending[e.index].scored
-            losses.append(loss[-n:].sum().item())
-            tokens.append(min(n, len(loss)))
-            means.append(loss.mean().item())
-
-        def least(values):
-            return min(range(len(values)), key=values.__getitem__)
-
-        picks = dict(
-            choice=least([l / max(1, len(t)) for l, t in zip(losses, record["endings"])]),
-            choice_unnormalised=least(losses),
-            choice_seed=least(means),
-        )
-        label = record["label"]
-        rows.append(
-            dict(
-                id=record.get("id", i),
-                kind=record.get("kind", "all"),
-                loss=losses[label] / tokens[label],
-                tokens=tokens[label],
-                label=label,
-                losses=losses,
-                whole_text_losses=means,
-                **picks,
-                **{c.replace("choice", "correct"): p == label for c, p in picks.items()},
-                guess=1 / len(losses),
-            )
-        )
-
-    def measure(rows):
-        shares = {
-            f"{name}_{c.replace('correct', 'accuracy')}": _share(rows, c)
-            for c in ("correct", "correct_unnormalised", "correct_seed")
-        }
-        chance = sum(r["guess"] for r in rows) / len(rows)
-        return (
-            {k: v for k, (v, _) in shares.items()},
-            {k: v for k, (_, v) in shares.items()},
-            dict.fromkeys(shares, chance),
-        )
-
-    groups = {
-        n: dict(zip(("metrics", "intervals", "chance"), measure(g)), count=len(g))
-        for n, g in _grouped(rows, "kind").items()
-    }
-    return Result(*(lambda m, i, c: (m, rows, i, c))(*measure(rows)), groups, len(records) - len(usable))
+        whole = [scored[e.index][0].double() for e in by_question[i]]
+        tokens = [ending[e.index].scored for e in by_question[i]]
+        losses = [loss[-n:].sum().item() for loss, n in zip(whole, tokens)]
+        tokens = [min(n, len(loss)) for loss, n in zip(whole, tokens)]
+        about = dict(id=records[i].get("id", i), kind=records[i].get("kind", "all"))
+        rows.append(about | _answer(records[i], losses, tokens, [loss.mean().item() for loss in whole]))
+    return _result(rows, lambda some: _accuracies(some, name), "kind", len(records) - len(usable))
 
 # %% ../nbs/60_quality.ipynb #c7066152-3
 @torch.inference_mode()
@@ -407,15 +380,13 @@ def measure_speed(
     max_length: int = 512,
     batch_size: int = 16,
     repeats: int = 3,  # timed passes, after one that is not
-) -> dict[
-    str, float
-]:  # tokens_per_second and latency_ms_per_token (medians), _low and _high (extremes), tokens, repeats
-    "Tokens a second of plain forwards over the texts."
+) -> dict[str, float]:
+    """Tokens a second of plain forwards over the texts. ValueError where no text has two tokens.
+
+    `tokens_per_second` and `latency_ms_per_token` (medians), `_low` and `_high` (extremes), `tokens`, `repeats`."""
     in_range(repeats, 1, 1000, "repeats")
-    encoded, device = (
-        encode(tokenizer, [r["text"] for r in _records(texts)], max_length=max_length),
-        model.get_input_embeddings().weight.device,
-    )
+    encoded = encode(tokenizer, [r["text"] for r in _records(texts)], max_length=max_length)
+    device = model.get_input_embeddings().weight.device
     if not encoded:
         raise _none_left("measure_speed", len(texts))
     ready = [(ids.to(device), mask.to(device)) for _, ids, mask in batches(encoded, batch_size)]
@@ -431,11 +402,6 @@ def measure_speed(
     one_pass()
     tokens = sum(len(e.ids) for e in encoded)
     rates = sorted(tokens / one_pass() for _ in range(repeats))
-    speed = dict(
-        tokens_per_second=median(rates),
-        tokens_per_second_low=rates[0],
-        tokens_per_second_high=rates[-1],
-        tokens=tokens,
-        repeats=repeats,
-    )
-    return speed | dict(latency_ms_per_token=1000 / speed["tokens_per_second"])
+    middle = median(rates)
+    speed = dict(tokens_per_second=middle, tokens_per_second_low=rates[0], tokens_per_second_high=rates[-1])
+    return speed | dict(tokens=tokens, repeats=repeats, latency_ms_per_token=1000 / middle)

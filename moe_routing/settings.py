@@ -127,10 +127,8 @@ class Study:
     name: str  # file name without .yaml
     question: str  # in words
     template: str  # a notebook in nbs/runs, without .ipynb; "" where every group names its own
-    groups: dict[
-        str, dict
-    ]  # name -> {base:, grid: {parameter: [values]}} or {base:, list: [{parameter: value}]}, and seeds: where they differ;
-    # template: of its own, name: of the folder of its one run, after: groups that must be finished before
+    groups: dict[str, dict]  # name -> plan: grid: {parameter: [values]} or list: [{parameter: value}], and where they
+    # differ base:, seeds:, template:, name: of the folder of its one run, after: groups that must be finished before
     base: dict = field(default_factory=dict)  # parameters that all runs share
     seeds: tuple[int, ...] = (0,)
     prepare: str = ""  # a template that is run once before all others, with the parameters of `base` it knows
@@ -192,7 +190,8 @@ def _log_of(wandb: dict, path: Path) -> str:
         return run
     if "entity" not in wandb:
         raise ValueError(
-            f"{path}: wandb has run_id and project but no entity: add it, or write run_id: entity/project/run_id, or a path to an offline run"
+            f"{path}: wandb has run_id and project but no entity: add it, or write run_id: entity/project/run_id, "
+            "or a path to an offline run"
         )
     return f"wandb:{wandb['entity']}/{wandb['project']}/{run}"
 
@@ -212,6 +211,30 @@ def _baseline(name: str, path: Path) -> dict:
     return {"name": name.rstrip("/").split("/")[-1], "model": name}
 
 # %% ../nbs/01_settings.ipynb #d4575fcd
+def _week_base(model: dict, wandb: dict, compute: dict, raw: dict, path: Path) -> dict:
+    "The parameters that all days of a week share."
+    named = {"model_name": model["model_name"], "name": model["model_name"]} if "model_name" in model else {}
+    return {
+        "model": model["checkpoint_path"],
+        **named,  # day 5 calls it name
+        **{k: model[k] for k in ("num_experts", "active_experts", "quantize") if k in model},
+        "log": _log_of(wandb, path),
+        **({"batch_size": compute["batch_size_per_gpu"]} if "batch_size_per_gpu" in compute else {}),
+        "baselines": [_baseline(b, path) for b in raw.get("baselines") or []],
+        **(raw.get("base") or {}),
+    }
+
+
+def _week_groups(days: dict) -> dict:
+    "One group a day, in the order of the week."
+    groups = {}
+    for day in (d for d in _DAYS if d in days):
+        template, name, before = _DAYS[day]
+        after = [_DAYS[d][1] for d in before if d in days]
+        groups[name] = {"template": template, "name": name, "after": after, "list": [days[day] or {}]}
+    return groups
+
+# %% ../nbs/01_settings.ipynb #cdf67f46
 def _week_form(raw: dict, path: Path) -> dict:
     "A plan in the seed's words as a study."
     for key in raw:
@@ -221,47 +244,21 @@ def _week_form(raw: dict, path: Path) -> dict:
         raise ValueError(f"{path}: model.checkpoint_path is missing: a folder, a hub id, or tiny")
     for day in raw["days"]:
         _known(day, _DAYS, "day", str(path))
-    name = (
-        {"model_name": model["model_name"], "name": model["model_name"]} if "model_name" in model else {}
-    )  # day 5 calls it name
-    base = {
-        "model": model["checkpoint_path"],
-        **name,
-        **{k: model[k] for k in ("num_experts", "active_experts", "quantize") if k in model},
-        "log": _log_of(wandb, path),
-        **({"batch_size": compute["batch_size_per_gpu"]} if "batch_size_per_gpu" in compute else {}),
-        "baselines": [_baseline(b, path) for b in raw.get("baselines") or []],
-        **(raw.get("base") or {}),
-    }
-    groups = {
-        _DAYS[day][1]: {
-            "template": _DAYS[day][0],
-            "name": _DAYS[day][1],
-            "after": [_DAYS[d][1] for d in _DAYS[day][2] if d in raw["days"]],
-            "list": [raw["days"][day] or {}],
-        }
-        for day in _DAYS
-        if day in raw["days"]
-    }
-    dtype = {"dtype": "bfloat16" if compute["use_bf16"] else "float32"} if "use_bf16" in compute else {}
     return {
         "question": raw.get("question", ""),
-        "base": base,
-        "groups": groups,
+        "base": _week_base(model, wandb, compute, raw, path),
+        "groups": _week_groups(raw["days"]),
         "gpus": compute.get("num_gpus", 1),
-        **dtype,
+        **({"dtype": "bfloat16" if compute["use_bf16"] else "float32"} if "use_bf16" in compute else {}),
         **{key: raw[key] for key in ("log", "report") if key in raw},
     }
 
 # %% ../nbs/01_settings.ipynb #cd5a7e25
-def load_study(
-    path: str | Path,  # a YAML file
-) -> Study:
-    "Read a study. Raises ValueError with file and key on an unknown key, an empty grid, or a run that is listed twice."
-    path = Path(path)
-    if not path.is_file():
-        there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        _known(path.stem, there, "study", str(path.parent))
+_GROUP_KEYS = ["base", "grid", "list", "each", "seeds", "template", "name", "after"]
+
+
+def _read_plan(path: Path) -> dict:
+    "The mapping in a study's file, a week brought to the form of a study."
     import yaml
 
     try:
@@ -270,45 +267,61 @@ def load_study(
         raise ValueError(f"{path}: not valid YAML: {e}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a study is a mapping with question, template and groups")
-    if "days" in raw:
-        raw = _week_form(raw, path)
+    return _week_form(raw, path) if "days" in raw else raw
+
+
+def _check_groups(groups: dict, path: Path):
+    "Refuse a group with an unknown key, without points, or after a group that comes later."
+    for i, (group, plan) in enumerate(groups.items()):
+        for key in plan:
+            _known(key, _GROUP_KEYS, f"key in group {group!r}", str(path))
+        for other in plan.get("after", []):
+            _known(other, list(groups)[:i], f"group before {group!r}", str(path))
+        if ("grid" in plan) == ("list" in plan):
+            raise ValueError(f"group {group!r} needs either grid or list")
+        if not (plan.get("grid") or plan.get("list")):
+            raise ValueError(f"group {group!r} is empty")
+
+# %% ../nbs/01_settings.ipynb #1d374ac2
+def _check_distinct(study: Study):
+    "Refuse a study that lists the same run twice."
+    import yaml
+
+    seen = set()
+    for point in study.points():
+        template = study.template_of(point.pop("group"))  # the group's name makes no other run
+        run = yaml.safe_dump({**point, "template": template}, sort_keys=True)
+        if run in seen:
+            raise ValueError(f"the same run is listed twice: {run}")
+        seen.add(run)
+
+
+def _checked_study(raw: dict, path: Path) -> Study:
+    "The study that the mapping describes, when nothing is missing or contradicts itself."
+    for key in ("question", "groups"):
+        if key not in raw:
+            raise ValueError(f"key {key!r} is missing")
+    if "template" not in raw and (bare := [g for g, plan in raw["groups"].items() if "template" not in plan]):
+        raise ValueError(f"key 'template' is missing, and group {bare[0]!r} names none of its own")
+    _check_groups(raw["groups"], path)
+    seeds = {"seeds": tuple(raw["seeds"])} if "seeds" in raw else {}
+    study = Study(**{"name": path.stem, "template": "", **raw, **seeds})
+    _check_distinct(study)
+    return study
+
+# %% ../nbs/01_settings.ipynb #7bbd0554
+def load_study(
+    path: str | Path,  # a YAML file
+) -> Study:
+    "Read a study. Raises ValueError with file and key on an unknown key, an empty grid, or a run that is listed twice."
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        _known(path.stem, there, "study", str(path.parent))
+    raw = _read_plan(path)
     for key in raw:
         _known(key, [f.name for f in fields(Study) if f.name != "name"], "key", str(path))
     try:
-        for key in ("question", "groups"):
-            if key not in raw:
-                raise ValueError(f"key {key!r} is missing")
-        if "template" not in raw and (bare := [g for g, plan in raw["groups"].items() if "template" not in plan]):
-            raise ValueError(f"key 'template' is missing, and group {bare[0]!r} names none of its own")
-        for group, plan in raw["groups"].items():
-            for key in plan:
-                _known(
-                    key,
-                    ["base", "grid", "list", "each", "seeds", "template", "name", "after"],
-                    f"key in group {group!r}",
-                    str(path),
-                )
-            for other in plan.get("after", []):
-                _known(
-                    other, list(raw["groups"])[: list(raw["groups"]).index(group)], f"group before {group!r}", str(path)
-                )
-            if ("grid" in plan) == ("list" in plan):
-                raise ValueError(f"group {group!r} needs either grid or list")
-            if not (plan.get("grid") or plan.get("list")):
-                raise ValueError(f"group {group!r} is empty")
-        study = Study(
-            name=path.stem, **{"template": "", **{k: tuple(v) if k == "seeds" else v for k, v in raw.items()}}
-        )
-        points = [
-            yaml.safe_dump(
-                {**{k: v for k, v in p.items() if k != "group"}, "template": study.template_of(p["group"])},
-                sort_keys=True,
-            )
-            for p in study.points()
-        ]
-        twice = [p for p in points if points.count(p) > 1]
-        if twice:
-            raise ValueError(f"the same run is listed twice: {twice[0]}")
+        return _checked_study(raw, path)
     except ValueError as e:
         raise e if str(path) in str(e) else ValueError(f"{path}: {e}") from None
-    return study

@@ -46,6 +46,7 @@ def _vector(values, what: str, least: int = 2) -> np.ndarray:
 
 
 def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
+    "Two vectors of the same length, or an error."
     a, b = _vector(a, "a"), _vector(b, "b")
     if len(a) != len(b):
         raise ValueError(
@@ -92,7 +93,7 @@ def paired_t(
     a: Sequence[float],  # (N,) first configuration
     b: Sequence[float],  # (N,) second, same seeds or documents in the same order
     clusters: Sequence | None = None,  # (N,) labels of what belongs together
-    level: float = 0.95,
+    level: float = 0.95,  # coverage
 ) -> Interval:  # difference a - b, low, high, p
     "Paired difference with a t interval over pairs or, if given, over clusters. The choice for seeds."
     from scipy.stats import t
@@ -122,7 +123,8 @@ def _resample(total, size, estimate, draws, generator):
 # %% ../nbs/03_stats.ipynb #c43b86df
 def _bootstrap(total, size, level, draws, method, generator) -> Interval:
     "Interval of a ratio of sums by resampling clusters."
-    known(method, FEW, "bootstrap method"), in_range(level, 0, 1, "level", True, True)
+    known(method, FEW, "bootstrap method")
+    in_range(level, 0, 1, "level", True, True)
     if len(total) < FEW[method]:
         way_out = "use method='studentised'" if len(total) >= FEW["studentised"] else "use paired_t"
         raise ValueError(
@@ -137,27 +139,25 @@ def _bootstrap(total, size, level, draws, method, generator) -> Interval:
     if method == "percentile":
         (low, high), value, null = np.quantile(estimate + shift, tails), 0.0, estimate + shift
     else:
-        null = np.where(
-            error > 0, shift / np.where(error > 0, error, 1), np.sign(shift) * 1e12
-        )  # equal clusters drawn: no spread
+        spread = error > 0  # none where equal clusters were drawn
+        null = np.where(spread, shift / np.where(spread, error, 1), np.sign(shift) * 1e12)
         right, left = np.quantile(null, tails)
         low, high, value = estimate - left * se, estimate - right * se, estimate / se
     beyond = min((null >= value).sum(), (null <= value).sum())
-    return Interval(
-        estimate, float(low), float(high), float(min(1, 2 * (beyond + 1) / (draws + 1))), len(total), method
-    )
+    p = float(min(1, 2 * (beyond + 1) / (draws + 1)))
+    return Interval(estimate, float(low), float(high), p, len(total), method)
 
 # %% ../nbs/03_stats.ipynb #c2f9bdad
 def paired_bootstrap(
     a: Sequence[float],  # (N,) first configuration
     b: Sequence[float],  # (N,) second, same items in the same order
     clusters: Sequence | None = None,  # (N,) labels, for example the document of each item
-    level: float = 0.95,
+    level: float = 0.95,  # coverage
     draws: int = 2000,  # resamples
     method: str = "studentised",  # or "percentile", which needs 100 clusters
     generator: np.random.Generator | None = None,  # default: seeded with 0
 ) -> Interval:  # difference a - b (mean over items), low, high, p
-    "Paired difference with a bootstrap interval over pairs or clusters. Raises ValueError when there are too few of them."
+    "Paired difference with a bootstrap interval over pairs or clusters. ValueError when there are too few of them."
     return _bootstrap(*_sums(a, b, clusters), level, draws, method, generator)
 
 # %% ../nbs/03_stats.ipynb #cbea57d3
@@ -165,12 +165,12 @@ def clustered_difference(
     total_a: Sequence[float],  # (D,) sum of a quantity over the items of each document
     total_b: Sequence[float] | None,  # (D,) the same under the second configuration; None: the first by itself
     items: Sequence[float],  # (D,) items of each document: tokens, questions, slots
-    level: float = 0.95,
-    draws: int = 2000,
+    level: float = 0.95,  # coverage
+    draws: int = 2000,  # resamples
     method: str | None = None,  # "studentised", "percentile" or "t"; None: studentised, t for fewer than ten documents
-    generator: np.random.Generator | None = None,
+    generator: np.random.Generator | None = None,  # default: seeded with 0
 ) -> Interval:  # mean of a over all items minus mean of b, low, high; p against 0
-    "Difference of two item-weighted means from the sums of each document, which is all that needs to be kept of a large table."
+    "Difference of two item-weighted means from the sums of each document: all that a large table needs to keep."
     from scipy.stats import t
 
     a = _vector(total_a, "a")
@@ -184,24 +184,18 @@ def clustered_difference(
         return _bootstrap(a - b, size, level, draws, method, generator)
     (d, se), df = _ratio(a - b, size), len(a) - 1
     half = t.ppf((1 + in_range(level, 0, 1, "level", True, True)) / 2, df) * se
-    return Interval(
-        d,
-        float(d - half),
-        float(d + half),
-        2 * float(t.sf(abs(d) / se, df)) if se else float(d == 0),
-        len(a),
-        "cluster t",
-    )
+    p = 2 * float(t.sf(abs(d) / se, df)) if se else float(d == 0)
+    return Interval(d, float(d - half), float(d + half), p, len(a), "cluster t")
 
 # %% ../nbs/03_stats.ipynb #c3e811fb
 def paired_ratio(
     nll_a: Sequence[float],  # (D,) negative log-likelihood of each document, summed over its tokens, in nats
     nll_b: Sequence[float],  # (D,) the same documents under the second configuration
     tokens: Sequence[float],  # (D,) scored tokens of each document
-    level: float = 0.95,
-    draws: int = 2000,
+    level: float = 0.95,  # coverage
+    draws: int = 2000,  # resamples
     method: str = "studentised",  # "percentile" (100 documents), or "t" for few documents
-    generator: np.random.Generator | None = None,
+    generator: np.random.Generator | None = None,  # default: seeded with 0
 ) -> Interval:  # perplexity a / perplexity b, low, high; p against 1
     "Ratio of two token-weighted perplexities, paired by document."
     (a, b), size = _pair(nll_a, nll_b), _vector(tokens, "tokens")
@@ -218,7 +212,7 @@ def paired_ratio(
 def wilson(
     successes: int,  # right answers
     n: int,  # questions
-    level: float = 0.95,
+    level: float = 0.95,  # coverage
 ) -> Interval:  # share, low, high
     "A share with Wilson's interval."
     from statistics import NormalDist
@@ -227,7 +221,8 @@ def wilson(
         raise ValueError(f"n = {n!r}: at least one question is needed")
     if successes != int(successes):
         raise ValueError(f"successes = {successes!r} is not a whole number: give the count, not the share")
-    in_range(successes, 0, n, "successes"), in_range(level, 0, 1, "level", True, True)
+    in_range(successes, 0, n, "successes")
+    in_range(level, 0, 1, "level", True, True)
     z, p = NormalDist().inv_cdf(0.5 + level / 2), successes / n
     centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
@@ -250,13 +245,14 @@ def tost(
     a: Sequence[float],  # (N,) first configuration
     b: Sequence[float],  # (N,) second, paired with it
     margin: float,  # largest difference that does not matter, in the unit of a and b
-    alpha: float = 0.05,
+    alpha: float = 0.05,  # level of the test
     clusters: Sequence | None = None,  # (N,) labels of what belongs together
 ) -> Equivalence:
     "Two one-sided paired t-tests: is the difference smaller than `margin` in both directions?"
     from scipy.stats import t
 
-    in_range(margin, 0, float("inf"), "margin", True, True), in_range(alpha, 0, 0.5, "alpha", True, True)
+    in_range(margin, 0, float("inf"), "margin", True, True)
+    in_range(alpha, 0, 0.5, "alpha", True, True)
     total, size = _sums(a, b, clusters)
     (d, se), df = _ratio(total, size), len(total) - 1
     p = float(max(t.sf((d + margin) / se, df), t.cdf((d - margin) / se, df))) if se else float(abs(d) >= margin)
@@ -267,8 +263,8 @@ def tost(
 def minimum_detectable_effect(
     spread: float | Sequence[float],  # standard deviation of the paired differences, or the differences (N,)
     n: int | None = None,  # pairs; default: as many as differences were given
-    power: float = 0.8,
-    alpha: float = 0.05,
+    power: float = 0.8,  # chance to find it
+    alpha: float = 0.05,  # level of the test
 ) -> float:  # in the unit of the differences
     "The smallest true difference that a two-sided paired t-test finds with this power."
     from scipy.optimize import brentq
@@ -279,12 +275,12 @@ def minimum_detectable_effect(
         spread, n = float(differences.std(ddof=1)), len(differences) if n is None else n
     if n is None or n < 2:
         raise ValueError(f"n = {n!r}: at least 2 pairs are needed")
-    in_range(spread, 0, float("inf"), "standard deviation", open_high=True), in_range(alpha, 0, 1, "alpha", True, True)
+    in_range(spread, 0, float("inf"), "standard deviation", open_high=True)
+    in_range(alpha, 0, 1, "alpha", True, True)
     in_range(power, alpha, 1, "power", True, True)
     limit = t.ppf(1 - alpha / 2, n - 1)
-    s = np.sqrt(
-        chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1)
-    )  # sample over true standard deviation, at even quantiles
+    # sample over true standard deviation, at even quantiles
+    s = np.sqrt(chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1))
     missing = lambda shift: (norm.cdf(shift - limit * s) + norm.cdf(-shift - limit * s)).mean() - power
     high = limit
     while missing(high) < 0:
@@ -315,10 +311,11 @@ def verdict(
     equivalence_p: float | None = None,  # of `tost`, adjusted over the table
     margin: float | None = None,  # of `tost`
     mde: float | None = None,  # minimum detectable effect
-    alpha: float = 0.05,
+    alpha: float = 0.05,  # level of the test
 ) -> str:  # "better", "worse" (a against b), "equivalent" or "undecided"
     "What a table may say of a against b."
-    in_range(p, 0, 1, "p"), in_range(alpha, 0, 1, "alpha", True, True)
+    in_range(p, 0, 1, "p")
+    in_range(alpha, 0, 1, "alpha", True, True)
     if p <= alpha and difference:
         return "better" if (difference > 0) == higher_is_better else "worse"
     if equivalence_p is None:
@@ -334,7 +331,7 @@ def verdicts(
     margin: float | None = None,  # for equivalence, in the unit of the values
     clusters: Sequence | None = None,  # (N,) labels, the same for all pairs
     bootstrap: bool = False,  # studentised bootstrap in place of t
-    alpha: float = 0.05,
+    alpha: float = 0.05,  # level of the test
 ) -> list[dict]:  # a row each: name, difference, low, high, p, p_adjusted, n, mde, equivalence_p, verdict
     "Compare every pair of a table, adjust over the table, and say what may be said."
     tests = [(paired_bootstrap if bootstrap else paired_t)(a, b, clusters, 1 - alpha) for a, b in pairs.values()]

@@ -44,7 +44,8 @@ def compare_times(
         return (perf_counter() - start) * 1e3
 
     for _ in range(warmup):
-        ours(), peer()
+        ours()
+        peer()
     times = [(once(ours), once(peer)) if i % 2 else (once(peer), once(ours))[::-1] for i in range(pairs)]
     ratio, low, high = median_interval([a / b for a, b in times])
     return {

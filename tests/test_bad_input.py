@@ -1,4 +1,4 @@
-"""Bad input through the public names: exactly one clear error, which names the value and the way out, and nothing finished is lost."""
+"""Bad input through the public names: one clear error that names value and way out; nothing finished is lost."""
 
 import json
 import shutil
@@ -296,7 +296,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
 def says(call):
     try: call()
     except OSError as e: print(str(e).replace("\\n", " "))
-says(lambda: record(model, [{{"input_ids": IDS[i:i + n]}} for i, n in ((0, 1), (1, 3))], folder / "cut", keep=("logits",), shard_tokens=1))
+batches = [{{"input_ids": IDS[i:i + n]}} for i, n in ((0, 1), (1, 3))]
+says(lambda: record(model, batches, folder / "cut", keep=("logits",), shard_tokens=1))
 says(lambda: null.save(folder / "null.safetensors"))
 traces.shutil.disk_usage = lambda path: SimpleNamespace(free=2**40)
 says(lambda: write_logs(trace, folder / "logs", "c", "d", "topk", 4, None, {{}}, 1.))
@@ -333,7 +334,7 @@ def test_names(call, words):
 def test_calibration_is_recorded_again_when_its_texts_change(tmp_path, monkeypatch):
     import moe_routing.traces.calibration as calibration
 
-    model, tokenizer = load_model("tiny", steps=1)
+    model, tokenizer = load_model("tiny")
     texts = [{"id": i, "text": f"text number {i} of many"} for i in range(6)]
     monkeypatch.setattr(calibration, "load_calibration", lambda source, limit: texts[:limit])
     first = calibration_trace(model, tokenizer, texts=4, cache_dir=tmp_path)
@@ -346,7 +347,7 @@ def test_calibration_is_recorded_again_when_its_texts_change(tmp_path, monkeypat
 
 
 # the template
-SMALL = dict(model="tiny", steps=1, limit=2, max_length=32, second_run_samples=0, calibration_texts=8, logs=False)
+SMALL = dict(model="tiny", steps=1500, limit=2, max_length=32, second_run_samples=0, calibration_texts=8, logs=False)
 
 
 def test_the_template_refuses_before_anything_is_loaded(tmp_path):

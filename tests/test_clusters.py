@@ -1,4 +1,6 @@
-"""The cluster profiles: Snakemake takes them, and what they ask for reaches the jobs. Stand-ins for SLURM's commands and for Kubernetes' API run the jobs on this machine."""
+"""The cluster profiles: Snakemake takes them, and what they ask for reaches the jobs.
+
+Stand-ins for SLURM's commands and for Kubernetes' API run the jobs on this machine."""
 
 import base64
 import json
@@ -90,7 +92,8 @@ done = subprocess.run(wrapped, shell=True, capture_output=True, text=True)
 with open({str(book)!r}, "a+") as file:
     file.seek(0)
     print(1 + len(file.readlines()))
-    file.write(json.dumps({{"words": words[:-1], "state": "FAILED" if done.returncode else "COMPLETED", "said": done.stdout + done.stderr}}) + chr(10))
+    state = "FAILED" if done.returncode else "COMPLETED"
+    file.write(json.dumps({{"words": words[:-1], "state": state, "said": done.stdout + done.stderr}}) + chr(10))
 """,
     )
     tool(
@@ -131,17 +134,16 @@ for i, line in enumerate(open({str(book)!r}), 1): print(f"{{i}}|{{json.loads(lin
     )
     jobs = [json.loads(line) for line in book.read_text().splitlines()] if book.exists() else []
     assert done.returncode == 0, done.stdout + done.stderr + "".join(job["said"] for job in jobs)
-    assert len(jobs) == 1 and len(list((lab / "papermill_runs" / "demo").glob("*/finished"))) == 1
+    assert len(jobs) == 1 and len(list((lab / "papermill_runs" / "local" / "demo").glob("*/finished"))) == 1
     for job in jobs:
         words = " ".join(job["words"])
         assert "--mem 32000" in words and "-t 240" in words and "gpu" in words, words
-    assert all(
-        json.loads(p.read_text())["status"] == "finished" for p in (lab / "papermill_runs" / "demo").glob("*/run.json")
-    )
+    runs = (lab / "papermill_runs" / "local" / "demo").glob("*/run.json")
+    assert all(json.loads(p.read_text())["status"] == "finished" for p in runs)
 
 
 def test_a_study_on_kubernetes(lab, tmp_path):  # noqa: F811
-    "The stand-in for the API runs the pod's command in an empty folder, with the pod's environment; the volume is a folder that both sides see."
+    "The stand-in for the API runs the pod's command in an empty folder, with its environment; both see the volume."
     asked, secrets, ended = [], {}, {}
     workdir, volume = tmp_path / "workdir", tmp_path / "volume"
     workdir.mkdir(), volume.mkdir()

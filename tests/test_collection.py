@@ -1,5 +1,6 @@
 """Collection: hidden states in every family, stored gates, splits, batches, streams of texts, kills, full disks, damage."""
 
+import importlib
 import json
 import random
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from moe_routing.traces import format as reading
 from moe_routing.traces import recorder as traces
 from moe_routing.corpora import stream_text
 from moe_routing.patching.patch import families, route, tiny_family
@@ -20,6 +22,7 @@ from moe_routing.traces.format import Trace, own_gate
 from moe_routing.traces.recorder import Recorder, estimate_trace_bytes, record
 
 EVERY = families()
+collecting = importlib.import_module("moe_routing.traces.collect")  # `collect` is a function of this name, too
 
 
 def family(name):
@@ -341,8 +344,8 @@ def test_shuffling_depends_on_the_seed_only(trace):
 
 def test_a_checksum_is_taken_once_and_unknown_columns_are_refused(trace, monkeypatch):
     trace, calls = Trace.open(trace.folder), []
-    real = traces._sha256
-    monkeypatch.setattr(traces, "_sha256", lambda path: calls.append(path) or real(path))
+    real = reading._sha256
+    monkeypatch.setattr(reading, "_sha256", lambda path: calls.append(path) or real(path))
     for _ in range(3):
         list(trace.batches(("hidden",)))
     trace.split(), list(trace.by_sample()), list(trace)
@@ -497,7 +500,7 @@ def test_a_collection_is_balanced_and_counted(model, data, tmp_path):
 
 @pytest.mark.parametrize("die", [1, 3, 7])
 def test_a_killed_collection_goes_on_with_the_same_texts(model, data, tmp_path, monkeypatch, die):
-    whole, calls, run = collected(model, data, tmp_path / "whole"), [], traces._one_batch
+    whole, calls, run = collected(model, data, tmp_path / "whole"), [], collecting._one_batch
 
     def killed(*args, **kwargs):
         calls.append(1)
@@ -505,12 +508,12 @@ def test_a_killed_collection_goes_on_with_the_same_texts(model, data, tmp_path, 
             raise KeyboardInterrupt
         run(*args, **kwargs)
 
-    monkeypatch.setattr(traces, "_one_batch", killed)
+    monkeypatch.setattr(collecting, "_one_batch", killed)
     before = hooks(model)
     with pytest.raises(KeyboardInterrupt):
         collected(model, data, tmp_path / "two")
     assert hooks(model) == before
-    monkeypatch.setattr(traces, "_one_batch", lambda *args, **kwargs: calls.append(2) or run(*args, **kwargs))
+    monkeypatch.setattr(collecting, "_one_batch", lambda *args, **kwargs: calls.append(2) or run(*args, **kwargs))
     two = collected(model, data, tmp_path / "two")
     assert [s["sha256"] for s in two.head["shards"]] == [s["sha256"] for s in whole.head["shards"]]
     assert calls.count(2) == 8 - die // 2 * 2  # what a shard holds is not run again

@@ -35,7 +35,8 @@ def test_generators_are_pinned():
 
 
 def test_same_world_in_every_process():
-    code = f"import hashlib, json; from moe_routing import corpora; print(hashlib.sha256(json.dumps(corpora._make_world({SMALL!r})).encode()).hexdigest())"
+    made = f"json.dumps(corpora._make_world({SMALL!r}))"
+    code = f"import hashlib, json; from moe_routing import corpora; print(hashlib.sha256({made}.encode()).hexdigest())"
     seen = {
         subprocess.run(
             [sys.executable, "-c", code],

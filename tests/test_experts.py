@@ -132,7 +132,6 @@ def test_equals_the_loop(layout, mix):
 def test_segments_in_one_call(layout, monkeypatch):
     "What CUDA runs (grouped_mm instead of one product for each segment), here with the CPU's grouped_mm."
     monkeypatch.setattr(module, "_grouped", lambda x: True)
-    f32 = lambda m, h, i, w: ragged_experts(m.float(), h.float(), i, w.float()).double()
     for mix in ("all used", "some used", "one expert"):
         ids, weights, E = MIXES[mix]
         hidden = torch.randn(len(ids), 8, generator=torch.Generator().manual_seed(1))
@@ -154,13 +153,13 @@ def test_compiles_whole_and_right(layout):
 
 
 def test_own_gate_function_is_honoured():
-    m, (ids, weights, E) = make(5, own_gate=True), MIXES["some used"]
+    m, (ids, weights, _) = make(5, own_gate=True), MIXES["some used"]
     hidden = torch.randn(len(ids), 6, dtype=torch.float64)
     assert torch.allclose(ragged_experts(m, hidden, ids, weights), loop(m, hidden, ids, weights))
 
 
 def test_registered_name_reaches_the_forward():
-    m, (ids, weights, E) = make(5), MIXES["some used"]
+    m, (ids, weights, _) = make(5), MIXES["some used"]
     hidden = torch.randn(len(ids), 6, dtype=torch.float64)
     assert torch.equal(m(hidden, ids, weights), ragged_experts(m, hidden, ids, weights))
 

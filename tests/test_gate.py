@@ -1,4 +1,6 @@
-"The gate of day 0: curves from any log are one table, what is missing is never a pass, and the verdict does what the published counts and chance say it should."
+"""The gate of day 0: curves from any log are one table, and what is missing is never a pass.
+
+The verdict does what the published counts and chance say it should."""
 
 import base64
 import json
@@ -16,7 +18,26 @@ from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCau
 
 from moe_routing.capacity import limit as refuse
 from moe_routing.core import Routing, Rule, one_past_last, order_slots
-from moe_routing.studies.go_no_go import GATE_TEXTS, PUBLISHED, Check, Gate, Measured, check_limits, check_metrics, check_report, decide, excess_gate, gate_texts, load_excess, measure_model, require_go, seed_gate, seed_load, worst_layer, write_check
+from moe_routing.studies.go_no_go import (
+    GATE_TEXTS,
+    PUBLISHED_LOADS,
+    Check,
+    Gate,
+    Measurement,
+    check_limits,
+    check_metrics,
+    check_report,
+    decide,
+    excess_gate,
+    gate_texts,
+    load_excess,
+    measure_model,
+    require_go,
+    seed_gate,
+    seed_load,
+    worst_layer,
+    write_check,
+)
 from moe_routing.training.logs import (
     LIMITS,
     Curves,
@@ -34,7 +55,16 @@ from moe_routing.settings import load_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # a whole .wandb file as wandb 0.31 wrote it offline: three steps, all facts about the machine switched off
-REAL = "c-q~SO=uHA7=}BEN#i6<)2S_Xz0}lNZE-WRv$L61yx6076tN=fX0xd&Nwy|wOzRJrV-KZx^dM+&UJ7FCK~QS_2fc~nO+3__sNgSx6I*CkOx=T^xQBt++4q}y-tQfD_o40kUfyiF6t6u!&;&x@b_BvuuELL3IJ2*SJy3@UEK?%m0m3reN?DAPG_jbKu{4{KjK)(cPo>j@TDGO6(~5<HSWaRYUsi6-RYgr-4MgJ+K4NDkFlFPml5=e`2@bAKq`+v=N!jsM*aCybNwbhn)qwBRnMn{1EzQ@S2V<YE&+NYd;*zf$#Di2OL{9bxmrpnn$z=;;)m>Gt8Jha-)pU`H?ftIZhCC=2-|*9#P;PK5d!;}(c<uj<c;<aqc0h;&QXlL<D-5W)I94cU^L7mY45Kh)teGF4f4g{3D1y=gfH4HiMKfDS<eXATtTNbz+VYN_Fe}4`T^+THWy7k}fFH{oZb9w!rJOl#7fS|7<jra&>xe}nYcPsJ=2+EOse|EW)V5rCIOn9yoKY&<qrzK);Wh+~`e90CGcR6s2sWK5m~fqO%s5r;0jvxCnp20x_Dms~%83fYD6moukP}z;&OH(^&FC)hDEW7pkuL<!4L#XW?`Oz!Kg-w7zIZ4U8>Kq{A~%~~k=LP98`IU%J<=%{_PXghSLrk{h><sHDP=mPuKp+yHoNp#@Idqc{MpKX#~smC-_d82gIq9$-B-L%YK{R9m;B4%jfHwBBA!FB>3;24UD4uMF@5A>@}p2hrFQ^sbsL35*xgSO?);^1?O0ZR`c#Ac4SYmcX4L(7wUw?PI)&&OqYa`#6`g5VTN@2JHQPD#RnWJh55S}3KQc)~)IZxZ^|?nl5c~1_EUCre2`8UE;bcm#%$^5L-vJKR7<~"
+REAL = (
+    "c-q~SO=uHA7=}BEN#i6<)2S_Xz0}lNZE-WRv$L61yx6076tN=fX0xd&Nwy|wOzRJrV-KZx^dM+&UJ7FCK~QS_2fc~nO+3__sNgSx6I*CkOx=T^xQ"
+    "Bt++4q}y-tQfD_o40kUfyiF6t6u!&;&x@b_BvuuELL3IJ2*SJy3@UEK?%m0m3reN?DAPG_jbKu{4{KjK)(cPo>j@TDGO6(~5<HSWaRYUsi6-RYgr"
+    "-4MgJ+K4NDkFlFPml5=e`2@bAKq`+v=N!jsM*aCybNwbhn)qwBRnMn{1EzQ@S2V<YE&+NYd;*zf$#Di2OL{9bxmrpnn$z=;;)m>Gt8Jha-)pU`H?"
+    "ftIZhCC=2-|*9#P;PK5d!;}(c<uj<c;<aqc0h;&QXlL<D-5W)I94cU^L7mY45Kh)teGF4f4g{3D1y=gfH4HiMKfDS<eXATtTNbz+VYN_Fe}4`T^+"
+    "THWy7k}fFH{oZb9w!rJOl#7fS|7<jra&>xe}nYcPsJ=2+EOse|EW)V5rCIOn9yoKY&<qrzK);Wh+~`e90CGcR6s2sWK5m~fqO%s5r;0jvxCnp20x"
+    "_Dms~%83fYD6moukP}z;&OH(^&FC)hDEW7pkuL<!4L#XW?`Oz!Kg-w7zIZ4U8>Kq{A~%~~k=LP98`IU%J<=%{_PXghSLrk{h><sHDP=mPuKp+yHo"
+    "Np#@Idqc{MpKX#~smC-_d82gIq9$-B-L%YK{R9m;B4%jfHwBBA!FB>3;24UD4uMF@5A>@}p2hrFQ^sbsL35*xgSO?);^1?O0ZR`c#Ac4SYmcX4L("
+    "7wUw?PI)&&OqYa`#6`g5VTN@2JHQPD#RnWJh55S}3KQc)~)IZxZ^|?nl5c~1_EUCre2`8UE;bcm#%$^5L-vJKR7<~"
+)
 ROWS = [
     {
         "step": s,
@@ -430,11 +460,11 @@ def test_figures_without_a_log_and_in_grey():
 
 
 def mixtral():
-    return np.array(list(PUBLISHED["mistralai/Mixtral-8x7B-v0.1"]["loads"].values())).transpose(1, 0, 2)
+    return np.array(list(PUBLISHED_LOADS["mistralai/Mixtral-8x7B-v0.1"]["loads"].values())).transpose(1, 0, 2)
 
 
 def olmoe():
-    return np.array(list(PUBLISHED["allenai/OLMoE-1B-7B-0924"]["loads"].values()))
+    return np.array(list(PUBLISHED_LOADS["allenai/OLMoE-1B-7B-0924"]["loads"].values()))
 
 
 def test_published_counts():
@@ -590,7 +620,7 @@ def test_which_rule_decides():
 # model and texts ------------------------------------------------------------------------------------------------------
 
 
-def measured() -> Measured:
+def measured() -> Measurement:
     loads = random_loads(counts_of(2048, 8, 2), 6, np.random.default_rng(0)).reshape(3, 2, 8)
     about = {
         "perplexity": 10.0,
@@ -600,7 +630,7 @@ def measured() -> Measured:
         "chance": 99,
         "used": "by hand",
     }
-    return Measured(
+    return Measurement(
         {"wikitext": about, "c4": about},
         loads,
         {"wikitext": np.stack([2 * counts_of(2048, 8, 2)] * 2), "c4": np.stack([counts_of(2048, 8, 2)] * 2)},

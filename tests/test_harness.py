@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, OlmoeForCausalLM
 
 from conftest import ROOT
-from moe_routing.harness import routed as harness
+from moe_routing.harness import compare, routed as model_class, tasks as task_module
 from moe_routing.harness.compare import (
     compare_benchmarks,
     main,
@@ -26,6 +26,7 @@ from moe_routing.harness.routed import RoutedLM, score_depends_on
 from moe_routing.harness.tasks import (
     BENCHMARKS,
     EMBEDDED_TASKS,
+    SEED_TASKS,
     Tasks,
     code_judge,
     load_tasks,
@@ -145,7 +146,7 @@ def settings(tmp_path):
                 prompt=f"def f{i}():\n",
                 entry_point=f"f{i}",
                 canonical_solution="    return 1\n",
-                test=f"def check(f):\n    assert f() == 1\n",
+                test="def check(f):\n    assert f() == 1\n",
             )
             for i in range(3)
         ],
@@ -270,7 +271,7 @@ def test_a_dependent_router_can_be_forced_and_is_marked(small, tokenizer):
 
 
 def test_parameters_are_checked_before_a_model_is_loaded(monkeypatch):
-    monkeypatch.setattr(harness, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(model_class, "load_model", lambda *a, **k: pytest.fail("loaded"))
     for more, word in (
         (dict(router="bhh"), "'bh'"),
         (dict(router="bh", alfa=0.3), "'alpha'"),
@@ -408,7 +409,7 @@ def test_examples_never_come_from_scored_rows():
 
 
 def test_code_runs_only_when_allowed(monkeypatch, settings, small, tokenizer):
-    monkeypatch.setattr(harness, "program_passes", lambda *a, **k: pytest.fail("code was run"))
+    monkeypatch.setattr(task_module, "program_passes", lambda *a, **k: pytest.fail("code was run"))
     lines, lm = [], routed(small, tokenizer, max_length=128)
     for item in load_tasks(["humaneval", "mbpp"], settings=settings, say=lines.append):
         found = score_task(lm, item, 2, max_answer=4, settings=settings, say=silent)
@@ -564,7 +565,7 @@ def test_results_that_differ_are_not_paired():
 
 
 def test_finished_tasks_survive_a_failure(tmp_path, small, tokenizer, monkeypatch):
-    lm, score = routed(small, tokenizer), harness.score_task
+    lm, score = routed(small, tokenizer), compare.score_task
 
     def fails(lm, item, *a):
         return (
@@ -573,7 +574,7 @@ def test_finished_tasks_survive_a_failure(tmp_path, small, tokenizer, monkeypatc
             else (_ for _ in ()).throw(RuntimeError("the GPU's memory is full"))
         )
 
-    monkeypatch.setattr(harness, "score_task", fails)
+    monkeypatch.setattr(compare, "score_task", fails)
     with pytest.raises(RuntimeError, match="embedded_choice.*memory is full.*finished"):
         run_benchmarks(lm, ["embedded_word", "embedded_choice"], tmp_path, limit=4, say=silent)
     kept = run_benchmarks(lm, ["embedded_word", "embedded_choice"], tmp_path, limit=4, say=silent, keep_going=True)
@@ -582,20 +583,20 @@ def test_finished_tasks_survive_a_failure(tmp_path, small, tokenizer, monkeypatc
         and (tmp_path / "commonsense" / "embedded_word_results.json").is_file()
     )
     monkeypatch.setattr(
-        harness, "score_task", lambda *a: pytest.fail("done again") if a[1].name == "embedded_word" else score(*a)
+        compare, "score_task", lambda *a: pytest.fail("done again") if a[1].name == "embedded_word" else score(*a)
     )
     done = run_benchmarks(lm, ["embedded_word", "embedded_choice"], tmp_path, limit=4, say=silent)
     assert done["embedded_word"] == kept["embedded_word"] and compare_benchmarks({"a": tmp_path})["groups"] == [
         "commonsense",
         "knowledge",
     ]
-    monkeypatch.setattr(harness, "score_task", score)
+    monkeypatch.setattr(compare, "score_task", score)
     assert run_benchmarks(lm, ["embedded_word"], tmp_path, limit=5, say=silent)["embedded_word"]["n"] == 5
 
 
 def test_seed_groups():
     assert {
-        g: [n for n in harness.SEED_TASKS if BENCHMARKS[n].group == g]
+        g: [n for n in SEED_TASKS if BENCHMARKS[n].group == g]
         for g in ("knowledge", "reasoning", "commonsense", "coding")
     } == {
         "knowledge": ["mmlu"],
@@ -603,7 +604,7 @@ def test_seed_groups():
         "commonsense": ["hellaswag", "winogrande"],
         "coding": ["humaneval", "mbpp"],
     }
-    assert {n: BENCHMARKS[n].shots for n in harness.SEED_TASKS} == dict(
+    assert {n: BENCHMARKS[n].shots for n in SEED_TASKS} == dict(
         mmlu=5, gsm8k=8, arc_challenge=5, hellaswag=5, winogrande=5, humaneval=0, mbpp=0
     )
 
@@ -613,9 +614,9 @@ def test_seed_groups():
 
 def test_command_line_scores_an_embedded_task(tmp_path, small, tokenizer, monkeypatch, capsys):
     small.save_pretrained(tmp_path / "m"), tokenizer.save_pretrained(tmp_path / "m")
-    original = harness.Tasks
+    original = compare.Tasks
     monkeypatch.setattr(
-        harness,
+        compare,
         "Tasks",
         type("NoIndex", (original,), {"__init__": lambda self, *a, **k: original.__init__(self, [], **k)}),
     )  # without the index of all tasks, which takes many seconds
@@ -648,7 +649,7 @@ def test_lm_eval_can_derive_from_our_task_manager(settings):
     import lm_eval.tasks
 
     theirs = lm_eval.tasks.TaskManager
-    with harness._our_tasks(settings):
+    with compare._our_tasks(settings):
 
         class Derived(lm_eval.tasks.TaskManager):
             pass
@@ -670,7 +671,7 @@ if lm.rank == 0: assert found["embedded_choice"]["n"] == 9
 
 
 def test_several_processes_share_the_documents(tmp_path, small, tokenizer):
-    "As `accelerate launch` starts them, here on CPUs: every document is answered once, and the scores are those of one process."
+    "As `accelerate launch` starts them, here on CPUs: each document is answered once, scores are those of one process."
     folder = tmp_path / "m"
     small.save_pretrained(folder), tokenizer.save_pretrained(folder)
     (tmp_path / "several.py").write_text(SEVERAL)

@@ -1,4 +1,4 @@
-"""Long text: windows against reading by hand, chance by its law, ends of documents, what is refused, a model whose choices are known."""
+"""Long text: windows against reading by hand, chance by its law, ends of documents, refusals, a known model."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from moe_routing import long_context as long
+from moe_routing.analysis import long_context as long
 from moe_routing.core import Routing
 from moe_routing.metrics.stability import random_jaccard
 from moe_routing.patching.patch import route
@@ -25,7 +25,7 @@ def small():
 
 def masks(model, routers, rows):
     "(L, N, S, E) choices of whole rows."
-    seen = long.Choices()
+    seen = long.Decisions()
     with torch.no_grad(), route(model, routers, observe=seen.see):
         model(rows, use_cache=False)
     return torch.stack([r.mask.view(*rows.shape, -1) for r in seen.block])
@@ -39,7 +39,7 @@ def jaccard(a, b):
 def test_against_reading_by_hand(small, window, context, short):
     model, routers, ids, document = small
     row = long.route_long(model, routers, ids, document, window, context, shorts=(short,))
-    same, next_to, nll, count = [], [], [], 0
+    same, next_to, count = [], [], 0
     for start in range(0, len(ids) - window + 1, window - context):
         here = masks(model, routers, ids[None, start : start + window])[:, 0]
         for t in range(context, window, short // 2):

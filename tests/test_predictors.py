@@ -4,9 +4,21 @@ import math
 
 import pytest
 import torch
+from transformers import OlmoeForCausalLM
 
-from moe_routing.models.load import tiny_model
-from moe_routing.predictors.baselines import BASELINES, COVERAGE, HORIZONS, Table, Tally, look, make_baselines, random_value, shift, targets
+from moe_routing.models.load import TinyRecipe, tiny_config, tiny_model
+from moe_routing.predictors.baselines import (
+    BASELINES,
+    COVERAGE,
+    HORIZONS,
+    Table,
+    Tally,
+    look,
+    make_baselines,
+    random_value,
+    shift,
+    targets,
+)
 from moe_routing.predictors.evaluate import evaluate_predictors, rank_tokens, tally
 from moe_routing.predictors.learned import PREDICTORS, Recipe, make_predictor, make_recipe, train_predictor
 from moe_routing.traces.collect import collect
@@ -15,21 +27,17 @@ from moe_routing.traces.format import Trace
 COLUMNS = ("token_id", "experts", "hidden", "pre_attention")
 
 
+def small_model(layers):
+    "A model with random weights that is small enough to be traced in a moment, and the shipped tokenizer."
+    recipe = TinyRecipe(hidden=32, intermediate=16, layers=layers, heads=2, num_experts=16, top_k=3)
+    torch.manual_seed(0)
+    model = OlmoeForCausalLM._from_config(tiny_config(recipe), experts_implementation="ragged")
+    return model.eval(), tiny_model()[1]
+
+
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
-    model, tokenizer = tiny_model(
-        steps=1,
-        batch=2,
-        length=32,
-        hidden=32,
-        intermediate=16,
-        layers=4,
-        heads=2,
-        num_experts=16,
-        top_k=3,
-        progress=False,
-        cache=False,
-    )
+    model, tokenizer = small_model(layers=4)
     return collect(
         model,
         tokenizer,
@@ -350,19 +358,7 @@ def test_bad_input_says_what_is_wrong(trace, wrong, message):
 
 
 def test_a_trace_without_hidden_states_still_gives_tables(tmp_path):
-    model, tokenizer = tiny_model(
-        steps=1,
-        batch=2,
-        length=32,
-        hidden=32,
-        intermediate=16,
-        layers=2,
-        heads=2,
-        num_experts=16,
-        top_k=3,
-        progress=False,
-        cache=False,
-    )
+    model, tokenizer = small_model(layers=2)
     bare = collect(
         model,
         tokenizer,
@@ -390,24 +386,12 @@ def test_shift_by_more_than_there_is():
 
 
 def test_from_a_checkpoint_in_four_bits_to_the_table(tmp_path):
-    "The documented way for Qwen1.5-MoE on a small model of its class: quantise the experts, collect, keep the control exact, predict."
+    "The documented way for Qwen1.5-MoE on a small model of its class: quantise, collect, keep the control, predict."
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     from moe_routing.models.load import load_model
 
-    _, tokenizer = tiny_model(
-        steps=1,
-        batch=2,
-        length=32,
-        hidden=32,
-        intermediate=16,
-        layers=2,
-        heads=2,
-        num_experts=16,
-        top_k=3,
-        progress=False,
-        cache=False,
-    )
+    _, tokenizer = tiny_model()
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
         vocab_size=len(tokenizer),

@@ -12,7 +12,7 @@ from moe_routing.routers.pvalue import (
     BH,
     BY,
     HC,
-    KINDS,
+    NULL_KINDS,
     Null,
     bh_count,
     by_count,
@@ -146,7 +146,7 @@ def test_kernel_density_against_scipy(n, scale, shift):
     assert np.abs(1 - cdf / cdf[-1] - tail.numpy()).max() < 1e-6 and tail[-1] == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NULL_KINDS)
 def test_monotone_and_ladder(kind):
     "P falls exactly with the logit over neighbouring float32 numbers, and the ladder is the exact crossing."
     E = 16
@@ -168,7 +168,7 @@ def test_monotone_and_ladder(kind):
     assert torch.equal(many[1], null.thresholds(0.3, 1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NULL_KINDS)
 def test_ladder_equals_step_up(kind):
     E = 32
     null = fit_null(logits_of(200, E), kind)
@@ -226,7 +226,7 @@ def test_bfloat16_logits_keep_small_p():
     assert null.p_values(torch.tensor([[6.0]]).bfloat16(), 0) < 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NULL_KINDS)
 def test_save_load(kind, tmp_path):
     options = {"trim": 2} if kind == "trimmed" else {}
     null = fit_null(logits_of(90, 3 * 8).view(90, 3, 8), kind, model="m", **options)

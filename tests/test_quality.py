@@ -13,7 +13,6 @@ from moe_routing.quality import (
     measure_speed,
     multiple_choice,
     perplexity,
-    score,
     unigram_perplexity,
     _ratio_interval,
 )

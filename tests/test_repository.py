@@ -1,4 +1,4 @@
-"""The tree itself: notebooks clean, package and README made from them, nothing too large, nothing that belongs to one machine."""
+"""The tree itself: notebooks clean, package and README made from them, nothing too large, nothing of one machine."""
 
 import json
 import re
@@ -59,12 +59,6 @@ def test_notebooks_are_clean(copy):
     assert not different, f"run nbdev-clean: {different}"
 
 
-def test_readme_is_what_the_index_makes():
-    from moe_routing._readme import readme
-
-    assert (ROOT / "README.md").read_text() == readme(ROOT / "nbs" / "index.ipynb"), "run make readme"
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_reviewable(path):
     assert path.stat().st_size <= 300_000, "stored output is too large"
@@ -102,7 +96,18 @@ def test_nothing_of_one_machine_is_tracked():
     assert not found, found
 
 
-def test_large_files_are_not_tracked():
+def test_little_is_tracked_and_nothing_large():
+    "At most 500 files; the one large binary is the embedded model, records are the next."
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
-    large = [n for n in filter(None, listed) if (ROOT / n).is_file() and (ROOT / n).stat().st_size > 1_500_000]
+    there = [n for n in filter(None, listed) if (ROOT / n).is_file()]
+    assert len(there) <= 500, len(there)
+    allowed = {"moe_routing/data/tiny/weights.safetensors": 8_000_000}
+    sizes = {n: (ROOT / n).stat().st_size for n in there}
+    large = {n: s for n, s in sizes.items() if s > allowed.get(n, 1_500_000)}
     assert not large, large
+
+
+def test_published_runs_name_no_machine():
+    for file in sorted((ROOT / "papermill_runs").glob("*/*.jsonl")):
+        found = re.findall(r'"/(?:home|root|work|tmp|Users)/[^"]*"', file.read_text())
+        assert not found, (file.name, found[:3])

@@ -58,7 +58,7 @@ def softmax_gate(logits, dtype=torch.float32):
 
 
 def sigmoid_gate(logits, dtype=torch.float32):
-    "Ranks by score + bias with the upper half of the experts excluded in every other token, weighs by the score alone, sums to 2.5."
+    "Ranks by score + bias, half of the experts excluded in every other token; weighs by the score alone, sums to 2.5."
     scores, E = logits.sigmoid(), logits.shape[1]
     choice = scores + torch.linspace(0.4, 0, E)
     if E > 1:

@@ -1,4 +1,6 @@
-"""route() under every router, on families with different gates, against one token at a time: the gate's formula, the choice and the experts written out again."""
+"""route() under every router, on families with different gates, against one token at a time.
+
+The gate's formula, the choice and the experts are written out again."""
 
 import math
 

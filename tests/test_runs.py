@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from conftest import ROOT
+from moe_routing.runs import run as one
 from moe_routing.runs import study as runs
 
-TEMPLATE = """from moe_routing.runs.study import Run
+TEMPLATE = """from moe_routing.runs.run import Run
 run = Run(out)
 import time
 from pathlib import Path
@@ -41,6 +42,7 @@ def lab(tmp_path):
     nb = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
         cells=[
+            nbformat.v4.new_code_cell("protocol = 1"),
             nbformat.v4.new_code_cell(
                 'alpha = 0.3\nseconds = 0.0\nseed = 0\nout = ""', metadata={"tags": ["parameters"]}
             ),
@@ -77,7 +79,7 @@ def finish(lab, *verb):
 
 
 def logs(lab):
-    return {p.name: p.read_text() for p in (lab / "papermill_runs" / "demo" / "logs").iterdir()}
+    return {p.name: p.read_text() for p in (lab / "papermill_runs" / "local" / "demo" / "logs").iterdir()}
 
 
 def our_processes(lab):
@@ -110,12 +112,12 @@ def test_a_study_runs_once_and_a_second_time_does_nothing(lab):
     study(lab, [0.1, 0.2], seconds=0)
     text, code = finish(lab)
     assert code == 0 and "2 of 2 runs finished" in text
-    times = {p: p.stat().st_mtime_ns for p in (lab / "papermill_runs" / "demo").rglob("run.json")}
+    times = {p: p.stat().st_mtime_ns for p in (lab / "papermill_runs" / "local" / "demo").rglob("run.json")}
     assert len(times) == 2
     text, code = finish(lab)
     assert code == 0 and {p: p.stat().st_mtime_ns for p in times} == times
     next(
-        iter((lab / "papermill_runs" / "demo" / "logs").iterdir())
+        iter((lab / "papermill_runs" / "local" / "demo" / "logs").iterdir())
     ).unlink()  # a result that lost a file is not finished
     text, code = finish(lab)
     assert code == 0 and len(logs(lab)) == 2 and sum(p.stat().st_mtime_ns != t for p, t in times.items()) == 1
@@ -125,9 +127,9 @@ def test_one_failure_does_not_stop_the_rest_and_is_named(lab):
     study(lab, [0.1, 7, 0.3], seconds=0)
     text, code = finish(lab)
     assert code != 0 and "2 of 3 runs finished" in text
-    assert [line for line in text.splitlines() if line.startswith("failed:") and "alpha = 7 is outside (0, 1)" in line]
-    failed = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "demo").glob("7*/run.json")]
-    assert failed[0]["status"] == "failed" and (lab / "papermill_runs" / "demo").glob("7*/run.ipynb")
+    assert [line for line in text.splitlines() if line.startswith("failed:") and "alpha = 7.0 is outside (0, 1)" in line]
+    failed = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "local" / "demo").glob("7*/run.json")]
+    assert failed[0]["status"] == "failed" and (lab / "papermill_runs" / "local" / "demo").glob("7*/run.ipynb")
     assert "failed 1" in finish(lab, "status")[0]
 
 
@@ -138,7 +140,7 @@ def test_kill_9_and_the_same_command_goes_on(lab, victim):
     )  # the third has not begun when the others are killed
     study(lab, alphas, seconds=2)
     first = start(lab)
-    wait_for(lambda: list((lab / "papermill_runs" / "demo").glob("*/kernel.json")))
+    wait_for(lambda: list((lab / "papermill_runs" / "local" / "demo").glob("*/kernel.json")))
     if victim == "everything":
         os.killpg(first.pid, signal.SIGKILL)
     else:
@@ -158,23 +160,89 @@ def test_kill_9_and_the_same_command_goes_on(lab, victim):
 def test_a_second_start_beside_a_living_one_is_refused(lab):
     study(lab, [0.1, 0.2], seconds=3)
     first = start(lab)
-    wait_for(lambda: list((lab / "papermill_runs" / "demo").glob("*/kernel.json")))
+    wait_for(lambda: list((lab / "papermill_runs" / "local" / "demo").glob("*/kernel.json")))
     text, code = finish(lab)
     assert code != 0 and "is being run by process" in text
     assert first.communicate(timeout=120) and first.returncode == 0
 
 
-def test_stale_runs_are_shown_and_redone_when_asked(lab):
+def test_what_makes_a_result_stale(lab):
+    "Another text of the template does not; a raised protocol does, and the next start does the run again."
     study(lab, [0.1], seconds=0)
     finish(lab)
-    template = lab / "nbs" / "runs" / "demo.ipynb"
-    template.write_text(template.read_text().replace("2 * alpha", "3 * alpha"))
-    assert "stale 1" in finish(lab, "status")[0]
-    text, _ = finish(lab)
-    assert "1 finished runs were made by other code" in text
-    assert runs.load_runs(lab / "papermill_runs" / "demo", template_root=lab).empty
-    finish(lab, "run", "demo", "--fresh", "--cores", "2")
-    assert "finished 1" in finish(lab, "status")[0]
+    template, folder = lab / "nbs" / "runs" / "demo.ipynb", lab / "papermill_runs" / "local" / "demo"
+    template.write_text(template.read_text().replace("2 * alpha", "3 * alpha - alpha"))
+    for file in (lab / "moe_routing").rglob("*.py"):
+        file.write_text(file.read_text() + "\n# reworded\n")
+    assert "finished 1" in finish(lab, "status")[0] and len(runs.load_runs(folder, root=lab)) == 1
+    template.write_text(template.read_text().replace("protocol = 1", "protocol = 2"))
+    assert "stale 1" in finish(lab, "status")[0] and runs.load_runs(folder, root=lab).empty
+    assert len(runs.load_runs(folder, stale=True, root=lab)) == 1
+    text, code = finish(lab)
+    assert code == 0 and "1 of 1 runs finished" in text
+    assert json.loads(next(folder.glob("*/run.json")).read_text())["protocol"] == 2
+
+
+def test_a_result_belongs_to_its_model(lab):
+    "Two fingerprints of one model may not stand in one table; a run on another tiny model than ours is stale."
+    folder = lab / "papermill_runs" / "local" / "demo"
+    record = {"template": "demo", "protocol": 1, "status": "finished", "group": "g", "metrics": {"loss": 1.0}}
+    for name, mark, steps in (("a", "one", 7), ("b", "two", 7), ("c", "three", 9)):
+        (folder / name).mkdir(parents=True)
+        known = {"parameters": {"model": "tiny", "steps": steps, "seed": 0}, "notes": {"fingerprint": mark}}
+        (folder / name / "run.json").write_text(json.dumps(record | known))
+    with pytest.raises(ValueError, match="'tiny' is 2 models: {'one': 'a', 'two': 'b'}"):
+        runs.load_runs(folder, root=lab)
+    shutil.rmtree(folder / "b")
+    assert runs.load_runs(folder, root=lab).run.tolist() == ["a", "c"]  # trained for another number of steps
+    shipped = {"parameters": {"model": "tiny"}, "notes": {"fingerprint": "one"}}
+    assert runs.is_stale(record | shipped, lab)
+    shipped["notes"]["fingerprint"] = one.expected_model({"model": "tiny"})
+    assert not runs.is_stale(record | shipped, lab)
+
+
+def test_published_results_are_compared_with_and_never_taken_over(lab):
+    "A clone that holds the published record does every run itself, and says how far they are from the published ones."
+    study(lab, [0.1, 0.2], seconds=0)
+    finish(lab)
+    local = lab / "papermill_runs" / "local" / "demo"
+    for file in local.glob("*/run.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "dirty": False}))
+    published = runs.publish(runs.plan_study("demo", root=lab), lab)
+    before = (published / "runs.jsonl").read_bytes()
+    shutil.rmtree(local)
+    text, code = finish(lab)
+    assert code == 0 and "[  2/2]" in text and "2 of 2 runs agree with the published ones" in text
+    lines = (published / "runs.jsonl").read_text().splitlines()
+    lines[0] = lines[0].replace('"twice":', '"twice":1')
+    (published / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    said = runs.compare_with_published(runs.plan_study("demo", root=lab), lab)
+    assert said.startswith("1 of 2 runs agree") and "twice" in said
+    (published / "runs.jsonl").write_bytes(before)
+    found = runs.reproduce("demo", 1, root=lab, say=lambda line: None)
+    assert len(found) == 2 and not any(found.values())
+
+
+@pytest.mark.parametrize("line", ['{"run": "a"', '{"run": "a"}', "[]", "null"])
+def test_a_broken_line_of_a_record_is_named(lab, line):
+    file = lab / "papermill_runs" / "demo" / "runs.jsonl"
+    file.parent.mkdir()
+    file.write_text("\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"runs.jsonl, line 2: broken"):
+        runs.load_runs(file.parent, root=lab)
+
+
+def test_parameters_mean_what_a_person_means(lab):
+    "The types of the defaults hold from the command line, from YAML and from a function call."
+    study(lab, ["3e-1", 0.2], seconds=0)
+    path = one.template_path("demo", lab)
+    assert one.resolve_parameters(path, {"alpha": "3e-5", "seconds": 1})["alpha"] == 3e-5
+    for given in ({"alpha": "much"}, {"alpha": True}, {"seed": 1.5}, {"seconds": [1]}):
+        with pytest.raises(ValueError, match=f"demo: {next(iter(given))} = .* is no "):
+            one.resolve_parameters(path, given)
+    first = runs.plan_study("demo", root=lab).runs
+    study(lab, [0.3, 0.2], seconds=0)
+    assert [n[-6:] for n in first] == [n[-6:] for n in runs.plan_study("demo", root=lab).runs]
 
 
 def test_misspelt_parameter_and_study_are_refused_before_anything_runs(lab):
@@ -182,7 +250,12 @@ def test_misspelt_parameter_and_study_are_refused_before_anything_runs(lab):
         "question: q\ntemplate: demo\ngroups: {all: {grid: {alhpa: [1]}}}\n"
     )
     text, code = finish(lab)
-    assert code == 1 and "'alpha'" in text and "demo.yaml" in text and not (lab / "papermill_runs" / "demo").exists()
+    assert (
+        code == 1
+        and "'alpha'" in text
+        and "demo.yaml" in text
+        and not (lab / "papermill_runs" / "local" / "demo").exists()
+    )
     text, code = finish(lab, "run", "demmo")
     assert code == 1 and "'demo'" in text
 
@@ -191,14 +264,14 @@ def test_an_override_makes_a_study_of_its_own(lab):
     study(lab, [0.1], seconds=0)
     text, code = finish(lab, "run", "demo", "--cores", "2", "seconds=0.1")
     assert code == 0 and "1 of 1 runs finished" in text, text
-    (record,) = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "demo--0.1").glob("*/run.json")]
-    assert record["parameters"]["seconds"] == 0.1 and not (lab / "papermill_runs" / "demo").exists()
+    (record,) = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "local" / "demo--0.1").glob("*/run.json")]
+    assert record["parameters"]["seconds"] == 0.1 and not (lab / "papermill_runs" / "local" / "demo").exists()
 
 
 def test_gpus_are_handed_out_as_many_as_a_run_takes(lab, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     (lab / "settings.ini").write_text("[moe_routing]\n")
-    assert runs.visible_gpus() == ["0", "1"]
+    assert one.visible_gpus() == ["0", "1"]
     with runs._some_gpus(lab):
         first = os.environ["CUDA_VISIBLE_DEVICES"]
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -217,11 +290,11 @@ def test_never_more_runs_start_than_there_are_gpus(lab):
     process = start(lab, CUDA_VISIBLE_DEVICES="0")
     most = 0
     while process.poll() is None:
-        most = max(most, len(list((lab / "papermill_runs" / "demo").glob("*/owner.json"))))
+        most = max(most, len(list((lab / "papermill_runs" / "local" / "demo").glob("*/owner.json"))))
         time.sleep(0.1)
     assert process.returncode == 0 and most == 1, process.stdout.read()
-    records = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "demo").glob("*/run.json")]
-    assert [r["settings"]["device"] for r in records] == ["cuda", "cuda"]
+    records = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "local" / "demo").glob("*/run.json")]
+    assert [r["settings"]["device"] for r in records] == ["auto", "auto"]  # a name does not depend on the machine
 
 
 @pytest.mark.parametrize(
@@ -247,40 +320,6 @@ def test_names_of_runs_are_never_taken_for_options(root):
             assert name[0].isalnum() and "--" not in name, (study.stem, name)
 
 
-def test_a_result_outlives_changes_it_does_not_reach(tmp_path):
-    "By the history of the repository: a new function beside it leaves a result valid, a changed line in what it uses does not, nor does an unknown commit or a dirty tree."
-
-    def git(*args):
-        subprocess.run(
-            ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *args], check=True, capture_output=True
-        )
-
-    def commit():
-        git("add", "-A"), git("commit", "-qm", "state")
-        return subprocess.run(
-            ["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-
-    package, template = tmp_path / "moe_routing", tmp_path / "nbs" / "runs" / "demo.ipynb"
-    package.mkdir(), template.parent.mkdir(parents=True)
-    template.write_text(
-        json.dumps({"cells": [{"cell_type": "code", "source": ["from moe_routing.core import used\n", "used(1)"]}]})
-    )
-    core = package / "core.py"
-    core.write_text("def used(x): return x + 1\n")
-    git("init", "-q")
-    first = commit()
-    core.write_text("def used(x): return x + 1\n\ndef beside(x): return x\n")
-    second, today = commit(), runs.code_hash(template, package)
-    record = {"code": "older", "commit": first, "dirty": False, "template": "demo"}
-    assert runs.code_at(first, template, tmp_path) == runs.code_at(second, template, tmp_path) == today
-    assert runs._code_of(record, template, tmp_path, today, {}) == today
-    for changed in ({"dirty": True}, {"commit": "f" * 40}, {"commit": None}):
-        assert runs._code_of(record | changed, template, tmp_path, today, {}) == "older"
-    core.write_text("def used(x): return x + 2\n")
-    assert runs._code_of(record, template, tmp_path, runs.code_hash(template, package), {}) == "older"
-
-
 DAYS = """question: q
 base: {alpha: 0.3, k: 2}
 groups:
@@ -293,8 +332,8 @@ groups:
 @pytest.fixture
 def days(lab):
     nb = nbformat.read(lab / "nbs" / "runs" / "demo.ipynb", 4)
-    nb.cells[0].source = 'beta = 0\nwords = []\nk = 1\nfail = False\nseed = 0\nout = ""'
-    nb.cells[1].source = """from pathlib import Path
+    nb.cells[1].source = 'beta = 0\nwords = []\nk = 1\nfail = False\nseed = 0\nout = ""'
+    nb.cells[2].source = """from pathlib import Path
 from moe_routing.runs.run import Run
 run = Run(out)
 if fail: raise ValueError("asked to fail")
@@ -351,7 +390,7 @@ def test_faulty_plans_of_several_templates(days, old, new, words):
 
 def test_days_run_in_order_one_alone_and_past_a_failure(days):
     text, code = finish(days, "week", "--config", "demo", "--cores", "2")
-    folder = days / "papermill_runs" / "demo"
+    folder = days / "papermill_runs" / "local" / "demo"
     read = lambda day: json.loads((folder / day / "run.json").read_text())
     assert code == 0 and "3 of 3 runs finished" in text and read("day1_second")["metrics"] == {"before": 1, "k": 2}
     shutil.rmtree(folder)
@@ -362,7 +401,7 @@ def test_days_run_in_order_one_alone_and_past_a_failure(days):
         and read("day1_second")["metrics"]["before"] == 0
     )
     text, code = finish(days, "week", "--config", "demo", "fail=True")
-    failed = days / "papermill_runs" / "demo--fail"
+    failed = days / "papermill_runs" / "local" / "demo--fail"
     assert (
         code != 0
         and "asked to fail" in text
@@ -373,58 +412,9 @@ def test_days_run_in_order_one_alone_and_past_a_failure(days):
         days, "week", "--config", "demo", "--only", "second", "words=['a b/c', {'name': 'x'}, 4]"
     )  # lists and quotes arrive as they were given
     assert code == 0 and json.loads(
-        next((days / "papermill_runs").glob("demo--*c_name_x_4*/day1_second/run.json")).read_text()
+        next((days / "papermill_runs" / "local").glob("demo--*c_name_x_4*/day1_second/run.json")).read_text()
     )["parameters"]["words"] == ["a b/c", {"name": "x"}, 4]
     text, code = finish(days, "week", "--config", "demo", "words=abc")
     assert code == 1 and "words = 'abc' is no list: write it as ['abc']" in text
     text, code = finish(days, "week", "--config", "demo", "--continue_on_error", "fail=True")
     assert (failed / "day2_third" / "finished").exists() and "asked to fail" in text
-
-
-def test_a_field_counts_where_it_is_named():
-    "A dataclass may get a field that the template's code never names; one that is named somewhere, even in another module or as a string, counts, and a NamedTuple counts whole."
-    package = {
-        "core.py": "from dataclasses import dataclass\nfrom typing import NamedTuple\n@dataclass\nclass Settings:\n    a: int = 1\n    b: int = 2\n    def total(self): return self.a\nclass Pair(NamedTuple):\n    first: int = 0\n    second: int = 1\n",
-        "other.py": "from moe_routing.core import Pair\ndef read(settings): return getattr(settings, 'c', 0)\n",
-    }
-    template = "from moe_routing.core import Settings, Pair\nx, y = Pair()\nSettings(3).total()"
-    after = lambda old, new, code=template: (
-        runs._hash(code, package) != runs._hash(code, {f: t.replace(old, new) for f, t in package.items()})
-    )
-    assert not after("    b: int = 2\n", "    b: int = 7\n") and not after(
-        "    b: int = 2\n", "    b: int = 2\n    c: int = 3\n"
-    )
-    assert (
-        after("a: int = 1", "a: int = 4")
-        and after("return self.a", "return -self.a")
-        and after("@dataclass\n", "@dataclass(frozen=True)\n")
-    )
-    assert after("second: int = 1", "second: int = 2")
-    reads = template + "\nfrom moe_routing.other import read\nread(Settings())"
-    assert (
-        after("    b: int = 2\n", "    b: int = 2\n    c: int = 3\n", reads)
-        and not after("    b: int = 2\n", "    b: int = 7\n", reads)
-        and after("b: int = 2", "b: int = 7", reads + "\nSettings(b=1)")
-    )
-
-
-def test_a_run_keeps_its_folder_when_its_template_gets_a_parameter(lab):
-    "With the new parameter at its default it is the same run, and at another value, or where another one has changed, it is not."
-    plan = runs.plan_study("demo", root=lab)
-    name = next(n for n in plan.runs if n.startswith("0.2"))
-    runs.run_template(
-        "demo", {k: v for k, v in plan.runs[name].items() if k != "group"}, plan.folder / name, "demo", "all", lab
-    )
-    template = lab / "nbs" / "runs" / "demo.ipynb"
-    nb = nbformat.read(template, 4)
-    nb.cells[0].source = 'alpha = 0.3\nseconds = 0.0\nbeta = 1\nseed = 0\nout = ""'
-    nbformat.write(nb, template)
-    names = lambda: list(runs.plan_study("demo", root=lab).runs)
-    assert name in names() and [n for n in names() if n.startswith("0.1")] != [
-        n for n in plan.runs if n.startswith("0.1")
-    ]
-    file = lab / "papermill_runs" / "studies" / "demo.yaml"
-    text = file.read_text()
-    for changed in (text.replace("seconds: 0", "seconds: 0, beta: 2"), text.replace("seconds: 0", "seconds: 0.5")):
-        file.write_text(changed)
-        assert name not in names()

@@ -1,4 +1,6 @@
-"Serving times: the definitions on exact moments, the reader of streams, faults of servers, and a real server behind a second observer. No duration is asserted."
+"""Serving times: exact moments, the reader of streams, faults of servers, a real server behind a second observer.
+
+No duration is asserted."""
 
 import asyncio
 import json

@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "draw_landscape",
         ],
         "long_context": [
-            "long_text", "window_starts", "short_rows", "Choices", "read_windows", "route_long", "read_folder",
+            "long_text", "window_starts", "short_rows", "Decisions", "read_windows", "route_long", "read_folder",
             "read_in_process", "beside",
         ],
         "domains": [

@@ -37,10 +37,19 @@ ALIASES = {"novels": "book", "novel": "book", "books": "book"}  # of the seed's 
 
 def domain_files(settings=None) -> dict[str, Path]:  # domain -> file
     "The local domains: .txt files in `domains` beside the data folder."
-    folder = (settings or load_settings()).data_dir.parent / "domains"
-    return {p.stem: p for p in sorted(folder.glob("*.txt")) if p.stem != "SOURCE"}
+    return {p.stem: p for p in sorted(_folder(settings).glob("*.txt")) if p.stem != "SOURCE"}
 
 
+def _folder(settings) -> Path:
+    "Where local domains are looked for."
+    return (settings or load_settings()).data_dir.parent / "domains"
+
+
+def _short(name) -> str:
+    "The name of a domain in lower case, the seed's names replaced."
+    return ALIASES.get(str(name).lower(), str(name).lower())
+
+# %% ../../nbs/64_analysis.domains.ipynb #new64b
 def _spread(text: str, samples: int, characters: int) -> list[str]:
     "Pieces from evenly spread places, each beginning at a line; no two overlap."
     starts = range(0, len(text), step) if (step := max(characters, len(text) // samples)) else []
@@ -55,18 +64,16 @@ def _spread(text: str, samples: int, characters: int) -> list[str]:
 
 def _texts(name: str, samples: int, characters: int, files: dict[str, Path], settings) -> list[str]:
     "At most `samples` texts of a domain."
-    short = ALIASES.get(str(name).lower(), str(name).lower())
+    short = _short(name)
     if short in DOMAINS:
-        return [
-            r["text"][:characters] for r in load_text("embedded", limit=None, settings=settings) if r["domain"] == short
-        ][:samples]
+        records = load_text("embedded", limit=None, settings=settings)
+        return [r["text"][:characters] for r in records if r["domain"] == short][:samples]
     path = files.get(short, Path(name).expanduser())
     if not path.exists():
-        where = f"; local files are looked for in {(settings or load_settings()).data_dir.parent / 'domains'}"
         try:
             known(short, [*DOMAINS, *files], "domain")
         except ValueError as e:
-            raise ValueError(f"{e}{where}") from None
+            raise ValueError(f"{e}; local files are looked for in {_folder(settings)}") from None
     texts = [r["text"] for r in load_text(str(path), "local", limit=None, settings=settings)]
     return _spread(texts[0], samples, characters) if len(texts) == 1 else [t[:characters] for t in texts[:samples]]
 
@@ -78,30 +85,25 @@ def domain_documents(
     settings=None,
 ) -> list[dict]:  # domain, text, id; equally many of each domain, domain after domain
     "Documents of two or more domains. ValueError for an unknown domain, a single one, or one with too few documents."
-    in_range(samples, LEAST, float("inf"), "samples of a domain"), in_range(characters, 20, float("inf"), "characters")
+    in_range(samples, LEAST, float("inf"), "samples of a domain")
+    in_range(characters, 20, float("inf"), "characters")
     files = domain_files(settings)
     if domains == "local" and not files:
-        raise FileNotFoundError(
-            f"no local domains: put <domain>.txt files into {(settings or load_settings()).data_dir.parent / 'domains'}, or use domains='embedded'"
-        )
+        way = f"put <domain>.txt files into {_folder(settings)}, or use domains='embedded'"
+        raise FileNotFoundError(f"no local domains: {way}")
     names = list({"embedded": DOMAINS, "local": files}.get(domains, [domains]) if isinstance(domains, str) else domains)
     if len(names) < 2:
-        raise ValueError(
-            f"domains = {names}: there is nothing to compare, name two or more; known are {', '.join([*DOMAINS, *files])}"
-        )
-    if len({ALIASES.get(str(n).lower(), str(n).lower()) for n in names}) < len(names):
+        there = ", ".join([*DOMAINS, *files])
+        raise ValueError(f"domains = {names}: there is nothing to compare, name two or more; known are {there}")
+    if len({_short(n) for n in names}) < len(names):
         raise ValueError(f"domains = {names}: one of them stands there twice")
     texts = {str(n): _texts(n, samples, characters, files, settings) for n in names}
-    poor = min(texts, key=lambda n: len(texts[n]))
-    if len(texts[poor]) < LEAST:
-        raise ValueError(
-            f"domain {poor!r} has {len(texts[poor])} documents, the test needs {LEAST}: give more text or leave it out"
-        )
-    return [
-        dict(id=f"{name}:{i}", domain=name, text=t)
-        for name, own in texts.items()
-        for i, t in enumerate(own[: len(texts[poor])])
-    ]
+    least = min(texts, key=lambda n: len(texts[n]))
+    size = len(texts[least])
+    if size < LEAST:
+        way = "give more text or leave it out"
+        raise ValueError(f"domain {least!r} has {size} documents, the test needs {LEAST}: {way}")
+    return [dict(id=f"{n}:{i}", domain=n, text=t) for n, own in texts.items() for i, t in enumerate(own[:size])]
 
 # %% ../../nbs/64_analysis.domains.ipynb #cfea97f2
 @dataclass(frozen=True)
@@ -120,8 +122,9 @@ def token_batches(
     max_length: int = 512,  # tokens of a document, at most
     batch: int = 16,  # documents at once
 ) -> list[dict]:  # input_ids and attention_mask (B, S), padded at the end
-    "Padded batches in the order of the texts."
-    in_range(max_length, 2, float("inf"), "max_length"), in_range(batch, 1, float("inf"), "batch")
+    "Padded batches in the order of the texts. ValueError for a text without a token."
+    in_range(max_length, 2, float("inf"), "max_length")
+    in_range(batch, 1, float("inf"), "batch")
     ids = [torch.tensor(i[:max_length]) for i in tokenizer(list(texts))["input_ids"]]
     if short := [n for n, i in enumerate(ids) if not len(i)]:
         raise ValueError(f"document {short[0]} has no token: leave out empty texts")
@@ -153,16 +156,13 @@ def read_domains(
 def document_counts(choices: Choices) -> np.ndarray:  # (D, L, E) int64
     "How often the tokens of each document used each expert."
     D, E = int(choices.sequence.max()) + 1, choices.num_experts
-    count = lambda layer: (
-        (choices.sequence[:, None] * (E + 1) + choices.experts[:, layer])
-        .flatten()
-        .bincount(minlength=D * (E + 1))
-        .view(D, E + 1)[:, :E]
-    )
+    place = lambda layer: (choices.sequence[:, None] * (E + 1) + choices.experts[:, layer]).flatten()
+    count = lambda layer: place(layer).bincount(minlength=D * (E + 1)).view(D, E + 1)[:, :E]
     return torch.stack([count(layer) for layer in range(choices.num_layers)], 1).numpy()
 
 # %% ../../nbs/64_analysis.domains.ipynb #c9f173dd
 def _shares(sums: np.ndarray) -> np.ndarray:
+    "Sums (..., E) as shares that add up to 1."
     return sums / sums.sum(-1, keepdims=True).clip(1e-300)
 
 
@@ -181,58 +181,59 @@ def _measures(share: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _one_hot(labels: np.ndarray) -> np.ndarray:
+    "(M, D) from labels (D,)."
     return (labels[None] == np.arange(labels.max() + 1)[:, None]).astype(float)
+
+# %% ../../nbs/64_analysis.domains.ipynb #new64c
+def _permuted_units(labels: np.ndarray, documents: int, units) -> tuple[np.ndarray, np.ndarray]:
+    "Unit of each document (D,), and a document of each unit (U,); ValueError where labels cannot be permuted."
+    if len(labels) != documents:
+        raise ValueError(f"{len(labels)} labels for {documents} documents")
+    M = int(labels.max()) + 1
+    if M < 2:
+        raise ValueError("all documents are of one domain: there is nothing to compare")
+    units = np.arange(documents) if units is None else np.unique(units, return_inverse=True)[1]
+    first = np.unique(units, return_index=True)[1]
+    if (labels != labels[first][units]).any() or len(set(np.bincount(units))) > 1:
+        raise ValueError("every unit must lie in one domain, and all must have equally many documents")
+    least = np.bincount(labels[first], minlength=M).min()
+    if least < LEAST:
+        way = "raise samples or leave the domain out"
+        raise ValueError(f"a domain has {least} documents or units, the test needs {LEAST} of each: {way}")
+    return units, first
 
 # %% ../../nbs/64_analysis.domains.ipynb #cb5edea5
 def usage_test(
     counts: np.ndarray,  # (D, L, E) from `document_counts`
     labels: np.ndarray,  # (D,) domain of each document, 0 to M - 1
     draws: int = 999,  # permutations
-    units: np.ndarray
-    | None = None,  # (D,) labels of what is permuted together, equally many documents each; None: each document by itself
+    units: np.ndarray | None = None,  # (D,) labels of what is permuted together, equally many documents each
     generator: np.random.Generator | None = None,  # default: seeded with 0
 ) -> dict:
-    """`share` (M, L, E); `p`, `p_adjusted` (L, E); of each layer `effect`, `information` with `_floor` (mean under permutation), `_95` (95 % point) and `_p`.
-    ValueError for one domain or too few documents."""
+    """Do domains use experts differently? Labels of whole documents are permuted.
+
+    `share` (M, L, E); `p`, `p_adjusted` (L, E); of each layer `effect` and `information` (nats) with `_floor` (mean
+    under permutation), `_95` (95 % point) and `_p`. ValueError for one domain or too few documents."""
     labels, generator = np.asarray(labels), np.random.default_rng(0) if generator is None else generator
-    (D, L, E), M = counts.shape, int(labels.max()) + 1
-    if len(labels) != D:
-        raise ValueError(f"{len(labels)} labels for {D} documents")
-    if M < 2:
-        raise ValueError("all documents are of one domain: there is nothing to compare")
-    units = np.arange(D) if units is None else np.unique(units, return_inverse=True)[1]
-    first = np.unique(units, return_index=True)[1]
-    if (labels != labels[first][units]).any() or len(set(np.bincount(units))) > 1:
-        raise ValueError("every unit must lie in one domain, and all must have equally many documents")
-    poor = np.bincount(labels[first], minlength=M).min()
-    if poor < LEAST:
-        raise ValueError(
-            f"a domain has {poor} documents or units, the test needs {LEAST} of each: raise samples or leave the domain out"
-        )
+    (D, L, E), (units, first) = counts.shape, _permuted_units(labels, len(counts), units)
     in_range(draws, 19, float("inf"), "draws")
     flat = counts.reshape(D, -1).astype(float)
-    look = lambda which: _measures(_shares((_one_hot(which) @ flat).reshape(M, L, E)))
-    real, null = look(labels), [look(labels[first][generator.permutation(len(first))][units]) for _ in range(draws)]
-    beyond = [sum(n[i] >= real[i] * (1 - 1e-12) for n in null) for i in range(3)]
-    p = (1 + beyond[0]) / (1 + draws)
-    out = {
-        "share": _shares((_one_hot(labels) @ flat).reshape(M, L, E)),
-        "p": p,
-        "p_adjusted": np.reshape(benjamini_hochberg(p.ravel().tolist()), p.shape),
-    }
-    for i, name in ((1, "effect"), (2, "information")):
-        drawn = np.stack([n[i] for n in null])
-        out |= {
-            name: real[i],
-            f"{name}_floor": drawn.mean(0),
-            f"{name}_95": np.quantile(drawn, 0.95, 0),
-            f"{name}_p": (1 + beyond[i]) / (1 + draws),
-        }
-    return out | {"draws": draws, "documents": np.bincount(labels).tolist()}
+    share = lambda which: _shares((_one_hot(which) @ flat).reshape(-1, L, E))
+    null = [_measures(share(labels[first][generator.permutation(len(first))][units])) for _ in range(draws)]
+    out = {"share": share(labels), "draws": draws, "documents": np.bincount(labels).tolist()}
+    for i, (name, real) in enumerate(zip(("p", "effect", "information"), _measures(out["share"]))):
+        p = (1 + sum(n[i] >= real * (1 - 1e-12) for n in null)) / (1 + draws)
+        if name == "p":
+            out |= {"p": p, "p_adjusted": np.reshape(benjamini_hochberg(p.ravel().tolist()), p.shape)}
+        else:
+            drawn = np.stack([n[i] for n in null])
+            floors = {f"{name}_floor": drawn.mean(0), f"{name}_95": np.quantile(drawn, 0.95, 0), f"{name}_p": p}
+            out |= {name: real} | floors
+    return out
 
 # %% ../../nbs/64_analysis.domains.ipynb #c5731e6f
 def _predicted(choices: Choices, layer: int, part: np.ndarray) -> np.ndarray:
-    "(D, E) use of experts by each document if only token ids counted, by a table from all documents outside its own part (D,)."
+    "(D, E) use of experts by documents if only token ids counted; the table is of documents outside their part (D,)."
     from scipy.sparse import csr_matrix
 
     E, (ids, at) = choices.num_experts, choices.token_id.unique(return_inverse=True)
@@ -264,7 +265,9 @@ def stratified_jackknife(
     value: Callable,  # of the arrays (M, ...) of sums by stratum -> (N,) or a number
     level: float = 0.95,
 ) -> list[Interval]:  # N
-    "Bias-corrected value of sums with a t interval over documents, one left out at a time (Quenouille 1949, Tukey 1958)."
+    """Bias-corrected value of sums with a t interval over documents, one left out at a time.
+
+    ValueError for a stratum with one document. Source: Quenouille 1949, Tukey 1958."""
     from scipy.stats import t
 
     parts, labels = [np.asarray(p, float) for p in parts], np.asarray(labels)
@@ -284,9 +287,8 @@ def stratified_jackknife(
     estimate = whole - ((sizes - 1)[:, None] * (means - whole)).sum(0)
     se = sum((n - 1) / n * ((left[labels == d] - means[d]) ** 2).sum(0) for d, n in enumerate(sizes)) ** 0.5
     half = t.ppf((1 + in_range(level, 0, 1, "level", True, True)) / 2, len(labels) - len(sizes)) * se
-    return [
-        Interval(float(e), float(e - h), float(e + h), None, len(labels), "jackknife") for e, h in zip(estimate, half)
-    ]
+    ends = zip(estimate.tolist(), (estimate - half).tolist(), (estimate + half).tolist())
+    return [Interval(e, low, high, None, len(labels), "jackknife") for e, low, high in ends]
 
 # %% ../../nbs/64_analysis.domains.ipynb #c2beaa6a
 def _split(real: np.ndarray, made: np.ndarray) -> float:
@@ -301,32 +303,24 @@ def token_explained(
     present: Sequence[bool] | None = None,  # (L,) is there an effect to explain? None: everywhere
     folds: int = 5,
 ) -> list[dict]:  # of each layer
-    """`explained`, `explained_other_domains` (Interval, None where nothing is to be explained), `information` and `information_token` (Interval, nats: of the domain's real use, and of the use
-    that ids predict from other documents), `shared_ids`: share of the tokens whose id occurs in two or more domains."""
+    """How much of the use by domain the token ids alone explain (Oaxaca 1973, Blinder 1973).
+
+    `explained`, `explained_other_domains`: Interval, None where nothing is to be explained; `information` and
+    `information_token`: Interval in nats, of the domain's real use, and of the use that ids predict from other
+    documents; `shared_ids`: share of the tokens whose id occurs in two or more domains."""
     labels, counts, rows = np.asarray(labels), document_counts(choices), []
     in_range(folds, 2, np.bincount(labels).min(), "folds")
     seen = np.unique(np.stack([choices.token_id.numpy(), labels[choices.sequence.numpy()]]), axis=1)[0]
     ids, in_domains = np.unique(seen, return_counts=True)
     shared = float(np.isin(choices.token_id.numpy(), ids[in_domains > 1]).mean())
+    value = lambda a, b, c: np.array([_split(a, b), _split(a, c), information(_shares(a)), information(_shares(b))])
+    names = ("explained", "explained_other_domains", "information", "information_token")
     for layer in range(choices.num_layers):
-        real, high, low = (
-            counts[:, layer],
-            _predicted(choices, layer, _folds(labels, folds)),
-            _predicted(choices, layer, labels),
-        )
-        value = lambda a, b, c: np.array([_split(a, b), _split(a, c), information(_shares(a)), information(_shares(b))])
-        most, least, info, by_token = stratified_jackknife([real, high, low], labels, value)
-        there = present is None or bool(present[layer])
-        rows.append(
-            {
-                "layer": layer,
-                "explained": most if there else None,
-                "explained_other_domains": least if there else None,
-                "information": info,
-                "information_token": by_token,
-                "shared_ids": shared,
-            }
-        )
+        high, low = (_predicted(choices, layer, part) for part in (_folds(labels, folds), labels))
+        row = {"layer": layer, **dict(zip(names, stratified_jackknife([counts[:, layer], high, low], labels, value)))}
+        if present is not None and not present[layer]:
+            row |= dict.fromkeys(names[:2])
+        rows.append(row | {"shared_ids": shared})
     return rows
 
 # %% ../../nbs/64_analysis.domains.ipynb #ca28bdd4
@@ -335,7 +329,7 @@ def draw_domains(
     domains: Sequence[str],  # M names
     layers: Sequence[int] | None = None,  # default: first, middle, last
 ):  # matplotlib figure, as wide as a page
-    "Share of each expert by domain, as a multiple of 1/E; a mark above an expert whose test is below .05 after adjustment."
+    "Share of each expert by domain, as a multiple of 1/E; a mark where an expert's adjusted test is below .05."
     import matplotlib.pyplot as plt
 
     use_style()
@@ -343,17 +337,15 @@ def draw_domains(
     layers = sorted({0, L // 2, L - 1}) if layers is None else layers
     fig, axes = plt.subplots(len(layers), 1, figsize=(6.8, 0.55 + len(layers) * (0.55 + 0.16 * M)), squeeze=False)
     high = min(max(2.0, float(np.quantile(test["share"][:, layers] * E, 0.995))), E)
+    look = dict(aspect="auto", cmap="Greys", vmin=0, vmax=high, interpolation="nearest")
     for ax, layer in zip(axes[:, 0], layers):
-        image = ax.imshow(
-            test["share"][:, layer] * E, aspect="auto", cmap="Greys", vmin=0, vmax=high, interpolation="nearest"
-        )
+        image = ax.imshow(test["share"][:, layer] * E, **look)
         marked = np.flatnonzero(test["p_adjusted"][layer] < 0.05)
         ax.plot(marked, np.full(len(marked), -0.75), "v", color=PALETTE["vermilion"], ms=2.5, clip_on=False)
         ax.set_yticks(range(M), domains)
-        ax.set_title(
-            f"layer {layer}: {100 * test['effect'][layer]:.2g} % of choices differ (floor {100 * test['effect_floor'][layer]:.2g}), p {test['effect_p'][layer]:.2g}",
-            pad=9,
-        )
+        effect, floor, p = (test[name][layer] for name in ("effect", "effect_floor", "effect_p"))
+        title = f"layer {layer}: {100 * effect:.2g} % of choices differ (floor {100 * floor:.2g}), p {p:.2g}"
+        ax.set_title(title, pad=9)
     axes[-1, 0].set_xlabel("expert (mark: domains differ, adjusted p < .05)")
     fig.colorbar(image, ax=axes[:, 0].tolist(), label="use / uniform use", pad=0.01, extend="max")
     return fig
@@ -362,79 +354,71 @@ def draw_domains(
 def published_counts(
     path: str | Path | None = None,  # default: published_routing/expert_counts.json beside the data folder
     settings=None,
-) -> (
-    list[dict] | None
-):  # rows: model, num_experts, top_k, layer, domain, counted, counts; None where the file is not there
-    "The expert counts published with the OLMoE paper."
+) -> list[dict] | None:  # model, num_experts, top_k, layer, domain, counted, counts; None where there is no file
+    "The expert counts published with the OLMoE paper (Muennighoff et al. 2024)."
     import json
 
-    path = (
-        Path(path)
-        if path
-        else (settings or load_settings()).data_dir.parent / "published_routing" / "expert_counts.json"
-    )
+    default = _folder(settings).parent / "published_routing" / "expert_counts.json"
+    path = Path(path) if path else default
     return json.loads(path.read_text())["rows"] if path.is_file() else None
 
 
 def independent_information(
-    num_experts: int, domains: int, choices: float
-) -> float:  # E' experts in use, M domains, choices of each
-    "Information that independent choices with the same shares in all domains show on average, to first order: (M - 1)(E' - 1) / (2 M n)."
+    num_experts: int,  # E', experts in use
+    domains: int,  # M
+    choices: float,  # n of each domain
+) -> float:  # nats
+    """Information that independent choices with the same shares in all domains show on average.
+
+    To first order: (M - 1)(E' - 1) / (2 M n)."""
     return (domains - 1) * (num_experts - 1) / (2 * domains * choices)
 
 # %% ../../nbs/64_analysis.domains.ipynb #1edab396
 def published_usage(
     rows: list[dict],  # from `published_counts`
     counted: str = "top_k",  # or "top_1"
-) -> list[
-    dict
-]:  # model, layer, domains, effect, information, information_floor, most: the expert furthest above its uniform use
-    "Use by domain of each model and layer, where two or more domains were counted."
-    known(counted, ("top_k", "top_1"), "counted"), (groups := {})
+) -> list[dict]:
+    """Use by domain of each model and layer, where two or more domains were counted.
+
+    model, layer, domains; effect, information (nats), information_floor; most: the expert furthest above uniform."""
+    known(counted, ("top_k", "top_1"), "counted")
+    groups, out = {}, []
     for r in rows:
         if r["counted"] == counted:
             groups.setdefault((r["model"], r["layer"]), {})[r["domain"]] = r["counts"]
-    out = []
     for (model, layer), by_domain in groups.items():
         if len(by_domain) < 2:
             continue
-        sums = np.array(list(by_domain.values()), float)
+        sums, names = np.array(list(by_domain.values()), float), list(by_domain)
         share, M = _shares(sums), len(sums)
         d, e = np.unravel_index(share.argmax(), share.shape)
-        out.append(
-            {
-                "model": model,
-                "layer": layer,
-                "domains": list(by_domain),
-                "effect": float(_measures(share[:, None])[1][0]),
-                "information": float(information(share)),
-                "information_floor": independent_information(
-                    int((share > 0).any(0).sum()), M, float(sums.sum(1).mean())
-                ),
-                "most": {
-                    "domain": list(by_domain)[d],
-                    "expert": int(e),
-                    "times_uniform": float(share[d, e] * share.shape[1]),
-                },
-            }
-        )
+        effect, info = float(_measures(share[:, None])[1][0]), float(information(share))
+        floor = independent_information(int((share > 0).any(0).sum()), M, float(sums.sum(1).mean()))
+        most = {"domain": names[d], "expert": int(e), "times_uniform": float(share[d, e] * share.shape[1])}
+        row = dict(model=model, layer=layer, domains=names, effect=effect, information=info)
+        out.append(row | dict(information_floor=floor, most=most))
     return out
 
 # %% ../../nbs/64_analysis.domains.ipynb #cfe83adf
 def relabelled_distance(
-    p: Tensor,
-    q: Tensor,  # (T, E) each
+    p: Tensor,  # (T, E)
+    q: Tensor,  # (T, E)
 ) -> Tensor:  # (T,)
     "Mean over experts of |p - q|, averaged over all ways to relabel the experts of q; by sorting, in E log E."
     E = p.shape[1]
     rank = torch.arange(2 * E, dtype=torch.float64, device=p.device)
-    spread = lambda x: ((2 * rank[: x.shape[1]] + 1 - x.shape[1]) * x.sort(-1).values).sum(
-        -1
-    )  # sum of |x_i - x_j| over pairs
+    weight = lambda n: 2 * rank[:n] + 1 - n
+    spread = lambda x: (weight(x.shape[1]) * x.sort(-1).values).sum(-1)  # sum of |x_i - x_j| over pairs
     p, q = p.double(), q.double()
     return (spread(torch.cat([p, q], 1)) - spread(p) - spread(q)) / E**2
 
 # %% ../../nbs/64_analysis.domains.ipynb #c8304d03
+def _distances(p: Tensor, q: Tensor, other: Tensor) -> Tensor:
+    "(T, 3) of p and q (T, E): the seed's distance, the relabelled one, the one to another token's q."
+    l1 = lambda a, b: (a - b).abs().double().mean(-1)
+    return torch.stack([l1(p, q), relabelled_distance(p, q), l1(p, q[other])], -1)
+
+
 @torch.no_grad()
 def depth_distance(
     model: nn.Module,
@@ -442,8 +426,10 @@ def depth_distance(
     rule=None,  # as for `route`
     generator: torch.Generator | None = None,  # of the shuffles; default: seeded with 0
 ) -> list[dict]:  # of each pair of neighbouring layers
-    """`l1` (the seed's), `relabelled`, `shuffled`; `variation` = l1 E / 2; `below_relabelled`, `below_shuffled`: Interval over documents of l1 minus the control. ValueError for a single layer
-    or fewer than 2 documents."""
+    """Distance between the distributions of neighbouring layers. Source: seed document 000, days 3 and 4.
+
+    `l1` (the seed's), `relabelled`, `shuffled`; `variation` = l1 E / 2; `below_relabelled`, `below_shuffled`: Interval
+    over documents of l1 minus the control. ValueError for a single layer or fewer than 2 documents."""
     if model.training:
         raise ValueError("depth_distance expects model.eval(): dropout and router jitter would be part of what is seen")
     generator, sums, tokens, seen = generator or torch.Generator().manual_seed(0), [], [], []
@@ -457,41 +443,23 @@ def depth_distance(
             seen.clear()
             model(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False)
             valid, sequence = seen[0][2].cpu(), seen[0][1].cpu()
-            probs, sequence = [s[0].cpu()[valid] for s in seen], sequence[valid]
+            probs, sequence, D = [s[0].cpu()[valid] for s in seen], sequence[valid], len(batch["input_ids"])
             other = torch.randperm(len(sequence), generator=generator)
-            E, D = probs[0].shape[1], len(batch["input_ids"])
-            rows = torch.stack(
-                [
-                    torch.stack(
-                        [
-                            (p - q).abs().double().mean(-1),
-                            relabelled_distance(p, q),
-                            (p - q[other]).abs().double().mean(-1),
-                        ],
-                        -1,
-                    )
-                    for p, q in zip(probs, probs[1:])
-                ],
-                1,
-            )
+            rows = torch.stack([_distances(p, q, other) for p, q in zip(probs, probs[1:])], 1)
             sums.append(torch.zeros(D, L - 1, 3, dtype=torch.float64).index_add_(0, sequence, rows))
             tokens.append(sequence.bincount(minlength=D))
-    sums, tokens = torch.cat(sums).numpy(), torch.cat(tokens).numpy()
+    return _distance_rows(torch.cat(sums).numpy(), torch.cat(tokens).numpy(), probs[0].shape[1])
+
+# %% ../../nbs/64_analysis.domains.ipynb #new64a
+def _distance_rows(sums: np.ndarray, tokens: np.ndarray, num_experts: int) -> list[dict]:
+    "Rows from sums (D, L - 1, 3) of distances and tokens (D,) of documents."
     in_range(len(tokens), 2, float("inf"), "number of documents")
-    mean = sums.sum(0) / tokens.sum()
-    return [
-        {
-            "layer": l,
-            **dict(zip(("l1", "relabelled", "shuffled"), mean[l].tolist())),
-            "variation": float(mean[l, 0] * E / 2),
-            "num_experts": E,
-            **{
-                f"below_{name}": clustered_difference(sums[:, l, 0], sums[:, l, i], tokens)
-                for i, name in ((1, "relabelled"), (2, "shuffled"))
-            },
-        }
-        for l in range(L - 1)
-    ]
+    names, rows = ("l1", "relabelled", "shuffled"), []
+    for l, mean in enumerate((sums.sum(0) / tokens.sum()).tolist()):
+        below = lambda i: clustered_difference(sums[:, l, 0], sums[:, l, i], tokens)
+        row = {"layer": l, **dict(zip(names, mean)), "variation": mean[0] * num_experts / 2}
+        rows.append(row | {"num_experts": num_experts, "below_relabelled": below(1), "below_shuffled": below(2)})
+    return rows
 
 # %% ../../nbs/64_analysis.domains.ipynb #ce6e05bd
 def _hits(score: Tensor, truth: Tensor) -> Tensor:
@@ -514,52 +482,55 @@ def _another(token_id: Tensor, generator: torch.Generator, same_id: bool) -> Ten
     return out
 
 # %% ../../nbs/64_analysis.domains.ipynb #568c69bf
+def _recall_sums(choices: Choices, layer: int, orders: dict[str, Tensor]) -> np.ndarray:
+    "(D, 5) slots of the next layer guessed from the set, the marginal, and sets of other tokens; and their number."
+    now, then = choices.mask(layer), choices.mask(layer + 1)
+    sums = torch.zeros(int(choices.sequence.max()) + 1, 3 + len(orders), dtype=torch.float64)
+    for side in (0, 1):
+        fit = choices.sequence % 2 == side
+        x, y, truth = now[fit].float(), then[fit].float(), then[~fit]
+        table, marginal = (x.T @ y) / x.sum(0).clamp(min=1)[:, None], y.mean(0)
+        mean = lambda given: (given.float() @ table) / given.sum(1, keepdim=True).clamp(min=1)
+        guesses = [now[~fit], *(now[order[~fit]] for order in orders.values())]
+        own, *others = (_hits(mean(given) + 1e-6 * marginal, truth) for given in guesses)
+        found = [own, _hits(marginal.expand(len(truth), -1), truth), *others, truth.sum(-1).double()]
+        sums.index_add_(0, choices.sequence[~fit], torch.stack(found, 1))
+    return sums[sums[:, -1] > 0].numpy()
+
+
 def next_layer_recall(
     choices: Choices,
     generator: torch.Generator | None = None,  # of the shuffles; default: seeded with 0
 ) -> list[dict]:  # of each pair of neighbouring layers
-    """`recall`, `marginal`, `shuffled`, `same_id`, `random`; `over_marginal`, `over_same_id`: Interval over documents. ValueError for a single layer or fewer than 4 documents."""
-    generator, E = generator or torch.Generator().manual_seed(0), choices.num_experts
+    """How well a token's set of experts tells its set in the next layer.
+
+    `recall`, `marginal`, `shuffled`, `same_id`, `random`; `over_marginal`, `over_same_id`: Interval over documents.
+    ValueError for a single layer or fewer than 4 documents."""
+    generator, E, rows = generator or torch.Generator().manual_seed(0), choices.num_experts, []
     in_range(choices.num_layers, 2, float("inf"), "number of MoE layers")
-    documents, rows = in_range(int(choices.sequence.max()) + 1, 4, float("inf"), "number of documents"), []
-    half, orders = (
-        choices.sequence % 2,
-        {
-            "shuffled": _another(choices.token_id, generator, False),
-            "same_id": _another(choices.token_id, generator, True),
-        },
-    )
-    names = ("recall", "marginal", *orders)
+    in_range(int(choices.sequence.max()) + 1, 4, float("inf"), "number of documents")
+    orders = {name: _another(choices.token_id, generator, name == "same_id") for name in ("shuffled", "same_id")}
     for layer in range(choices.num_layers - 1):
-        now, then = choices.mask(layer), choices.mask(layer + 1)
-        sums = torch.zeros(documents, len(names) + 1, dtype=torch.float64)
-        for side in (0, 1):
-            fit, test = half == side, half != side
-            x, y = now[fit].float(), then[fit].float()
-            table, marginal = (x.T @ y) / x.sum(0).clamp(min=1)[:, None], y.mean(0)
-            guess = lambda given: (given.float() @ table) / given.sum(1, keepdim=True).clamp(min=1) + 1e-6 * marginal
-            truth = then[test]
-            found = [
-                _hits(guess(now[test]), truth),
-                _hits(marginal.expand(len(truth), -1), truth),
-                *(_hits(guess(now[o[test]]), truth) for o in orders.values()),
-            ]
-            sums.index_add_(0, choices.sequence[test], torch.stack([*found, truth.sum(-1).double()], 1))
-        sums = sums[sums[:, -1] > 0].numpy()
-        value = sums[:, :-1].sum(0) / sums[:, -1].sum()
-        over = lambda name: clustered_difference(sums[:, 0], sums[:, names.index(name)], sums[:, -1])
-        rows.append(
-            {
-                "layer": layer,
-                **dict(zip(names, value.tolist())),
-                "random": float(then.sum(1).double().square().sum() / then.sum() / E),
-                "over_marginal": over("marginal"),
-                "over_same_id": over("same_id"),
-            }
-        )
+        sums, size = _recall_sums(choices, layer, orders), choices.mask(layer + 1).sum(1).double()
+        value = (sums[:, :-1].sum(0) / sums[:, -1].sum()).tolist()
+        row = {"layer": layer, **dict(zip(("recall", "marginal", *orders), value))}
+        over = lambda i: clustered_difference(sums[:, 0], sums[:, i], sums[:, -1])
+        row["random"] = float(size.square().sum() / size.sum() / E)
+        rows.append(row | {"over_marginal": over(1), "over_same_id": over(3)})
     return rows
 
 # %% ../../nbs/64_analysis.domains.ipynb #c261cf58
+_LINES = {  # name -> label, colour, style
+    "l1": ("measured", "black", "o-"),
+    "relabelled": ("ids relabelled", "vermilion", "s--"),
+    "recall": ("from the set before", "black", "o-"),
+    "same_id": ("same id, another place", "blue", "D-."),
+    "marginal": ("marginal", "vermilion", "s--"),
+    "shuffled": ("another token", "sky", "^:"),
+    "random": ("random", "grey", "x:"),
+}
+
+
 def draw_depth(
     distance: list[dict],  # from `depth_distance`
     recall: list[dict],  # from `next_layer_recall`
@@ -571,95 +542,70 @@ def draw_depth(
     use_style()
     fig, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.6))
     at, scale = [f"{r['layer']}-{r['layer'] + 1}" for r in distance], distance[0]["num_experts"] / 2
-    for ax, rows, lines, factor in (
-        (
-            left,
-            distance,
-            (
-                ("l1", "measured", "black", "o-"),
-                ("relabelled", "ids relabelled", "vermilion", "s--"),
-                ("shuffled", "another token", "sky", "^:"),
-            ),
-            scale,
-        ),
-        (
-            right,
-            recall,
-            (
-                ("recall", "from the set before", "black", "o-"),
-                ("same_id", "same id, another place", "blue", "D-."),
-                ("marginal", "marginal", "vermilion", "s--"),
-                ("shuffled", "another token", "sky", "^:"),
-                ("random", "random", "grey", "x:"),
-            ),
-            1,
-        ),
-    ):
-        for name, label, colour, style in lines:
-            ax.plot(at, [factor * r[name] for r in rows], style, color=PALETTE[colour], label=label, lw=1)
+    for ax, rows, factor in ((left, distance, scale), (right, recall, 1)):
+        for name, (label, colour, style) in _LINES.items():
+            if name in rows[0]:
+                ax.plot(at, [factor * r[name] for r in rows], style, color=PALETTE[colour], label=label, lw=1)
         ax.set(xlabel="layers", ylim=(0, None))
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=3, fontsize=6.5, handlelength=2.6)
         ax.xaxis.set_major_locator(plt.MaxNLocator(8, integer=True))
     left.set(title="distance" + ("" if aligned else " (ids of layers do not align)"), ylabel="total variation")
-    left.secondary_yaxis("right", functions=(lambda y: y / scale, lambda y: y * scale)).set_ylabel(
-        "the seed's scale", fontsize=7
-    )
+    seeds = left.secondary_yaxis("right", functions=(lambda y: y / scale, lambda y: y * scale))
+    seeds.set_ylabel("the seed's scale", fontsize=7)
     right.set(title="next set told from this one", ylabel="recall")
     return fig
+
+# %% ../../nbs/64_analysis.domains.ipynb #new64d
+def _first_vectors(model, kinds: Sequence[str], layer: int, rule, windows) -> tuple[str, Tensor]:
+    "The first kind of vectors (E, R) that a layer has; the ValueError of the last kind where it has none."
+    for name in kinds:
+        try:
+            return name, expert_vectors(model, name, layer, rule, windows)
+        except ValueError:
+            if name == kinds[-1]:
+                raise
+
+
+def _random_angles(E: int, R: int, draws: int, generator) -> dict:
+    "gram, abs and mean of E random vectors in R dimensions: `_random` (mean of draws), `_low` and `_high` (95 %)."
+    z = random_cosines(E, R, draws, generator)
+    drawn = {"gram": 1 - (2 * (z**2).sum(1)) ** 0.5 / (E * 2**0.5), "abs": np.abs(z).mean(1), "mean": z.mean(1)}
+    ends = lambda x: zip(("_random", "_low", "_high"), (x.mean(), *np.quantile(x, [0.025, 0.975])))
+    return {f"{name}{end}": float(v) for name, x in drawn.items() for end, v in ends(x)}
 
 # %% ../../nbs/64_analysis.domains.ipynb #c7e40c3e
 def orthogonality(
     model: nn.Module,
-    kind: str = "auto",  # gate, representation, weights, as for `expert_vectors`; auto: representation where the router reports it, else gate
+    kind: str = "auto",  # as for `expert_vectors`; auto: representation where the router reports it, else gate
     rule=None,  # as for `expert_vectors`
     windows: Tensor | None = None,  # (N, S) token ids, for representations
     draws: int = 500,
     generator: np.random.Generator | None = None,  # default: seeded with 0
 ) -> list[dict]:
-    """Of each layer `kind`, `width` R, `cosines` (E (E - 1) / 2,), `gram`, `abs`, `mean`, each with `_random`, `_low` and `_high` (of 95 % of draws), and `abs_formula` = sqrt(2 / (pi R))."""
-    (
-        known(kind, ("auto", "gate", "representation", "weights"), "kind of vectors"),
-        in_range(draws, 40, float("inf"), "draws"),
-    )
-    generator, rows, limits = np.random.default_rng(0) if generator is None else generator, [], {}
+    """Cosines between experts of each layer, beside those of random vectors. Source: seed document 000, Figure 5.
+
+    `kind`, `width` R, `cosines` (E (E - 1) / 2,); `gram`, `abs`, `mean`, each with `_random`, `_low` and `_high` (of
+    95 % of draws); `abs_formula` = sqrt(2 / (pi R)). ValueError for a model with one expert a layer."""
+    known(kind, ("auto", "gate", "representation", "weights"), "kind of vectors")
+    in_range(draws, 40, float("inf"), "draws")
+    generator, rows, chance = np.random.default_rng(0) if generator is None else generator, [], {}
+    kinds = ("representation", "gate", "weights") if kind == "auto" else (kind,)
     for layer in range(len(moe_layers(model))):
-        kinds = ("representation", "gate", "weights") if kind == "auto" else (kind,)
-        for name in kinds:
-            try:
-                vectors = expert_vectors(model, name, layer, rule, windows)
-                break
-            except ValueError:
-                if name == kinds[-1]:
-                    raise
-        E, R = vectors.shape
-        own, unit = similarity_statistics(vectors), nn.functional.normalize(vectors.double(), dim=1).cpu()
+        name, vectors = _first_vectors(model, kinds, layer, rule, windows)
+        (E, R), own = vectors.shape, similarity_statistics(vectors)
         if own is None:
             raise ValueError("the model has one expert a layer: there is no pair to compare")
-        if (E, R) not in limits:
-            z = random_cosines(E, R, draws, generator)
-            drawn = np.stack([1 - (2 * (z**2).sum(1)) ** 0.5 / (E * 2**0.5), np.abs(z).mean(1), z.mean(1)])
-            limits[E, R] = (drawn.mean(1), *np.quantile(drawn, [0.025, 0.975], axis=1))
-        chance = {
-            f"{n}{end}": float(v[i])
-            for i, n in enumerate(("gram", "abs", "mean"))
-            for end, v in zip(("_random", "_low", "_high"), limits[E, R])
-        }
-        rows.append(
-            {
-                "layer": layer,
-                "kind": name,
-                "width": R,
-                "cosines": (unit @ unit.T).numpy()[np.triu_indices(E, 1)],
-                **{n: float(own[i]) for i, n in enumerate(("gram", "abs", "mean"))},
-                **chance,
-                "abs_formula": float((2 / (np.pi * R)) ** 0.5),
-            }
-        )
+        if (E, R) not in chance:
+            chance[E, R] = _random_angles(E, R, draws, generator)
+        unit = nn.functional.normalize(vectors.double(), dim=1).cpu()
+        row = {"layer": layer, "kind": name, "width": R, "cosines": (unit @ unit.T).numpy()[np.triu_indices(E, 1)]}
+        row |= {n: float(v) for n, v in zip(("gram", "abs", "mean"), own)} | chance[E, R]
+        rows.append(row | {"abs_formula": float((2 / (np.pi * R)) ** 0.5)})
     return rows
 
 # %% ../../nbs/64_analysis.domains.ipynb #cbbcd5ef
 def draw_orthogonality(rows: list[dict]):  # from `orthogonality`; returns a matplotlib figure
-    "Histogram of the cosines over random vectors', and the mean absolute cosine of each layer with the 95 % of random ones."
+    "Histogram of the cosines over random vectors', and the mean absolute cosine of each layer with random ones."
     import matplotlib.pyplot as plt
 
     use_style()
@@ -667,27 +613,17 @@ def draw_orthogonality(rows: list[dict]):  # from `orthogonality`; returns a mat
     every, R = np.concatenate([r["cosines"] for r in rows]), rows[0]["width"]
     chance = random_cosines(64, R, 100, np.random.default_rng(0)).ravel()
     high = max(np.abs(every).max(), np.quantile(np.abs(chance), 0.999))
-    bins = np.linspace(-high, high, 50)
+    bins, column = np.linspace(-high, high, 50), lambda name: [r[name] for r in rows]
     left.hist(every, bins, density=True, color=PALETTE["grey"], label="experts")
     left.hist(chance, bins, density=True, histtype="step", color=PALETTE["black"], label=f"random, {R} dimensions")
     left.set(title="cosine of two experts", xlabel="cosine", ylabel="density")
-    layers = [r["layer"] for r in rows]
-    right.fill_between(
-        layers,
-        [r["abs_low"] for r in rows],
-        [r["abs_high"] for r in rows],
-        color=PALETTE["sky"],
-        alpha=0.5,
-        lw=0,
-        label="random, 95 %",
-    )
-    right.plot(
-        layers, [r["abs_formula"] for r in rows], "--", color=PALETTE["vermilion"], lw=1, label=r"$\sqrt{2/(\pi R)}$"
-    )
-    right.plot(layers, [r["abs"] for r in rows], "o-", color=PALETTE["black"], lw=1, label="experts")
-    right.set(
-        title="mean absolute cosine", xlabel="layer", ylim=(0, 1.12 * max(max(r["abs"], r["abs_high"]) for r in rows))
-    )
+    layers, area = column("layer"), dict(color=PALETTE["sky"], alpha=0.5, lw=0, label="random, 95 %")
+    right.fill_between(layers, column("abs_low"), column("abs_high"), **area)
+    line = dict(color=PALETTE["vermilion"], lw=1, label=r"$\sqrt{2/(\pi R)}$")
+    right.plot(layers, column("abs_formula"), "--", **line)
+    right.plot(layers, column("abs"), "o-", color=PALETTE["black"], lw=1, label="experts")
+    top = 1.12 * max(column("abs") + column("abs_high"))
+    right.set(title="mean absolute cosine", xlabel="layer", ylim=(0, top))
     right.xaxis.set_major_locator(plt.MaxNLocator(8, integer=True))
     for ax in (left, right):
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=3)
@@ -697,39 +633,30 @@ def draw_orthogonality(rows: list[dict]):  # from `orthogonality`; returns a mat
 def saturation(
     readings: dict[str, Choices],  # checkpoint -> choices on the same tokens, the last one is the final
     generator: torch.Generator | None = None,  # of the shuffles; default: seeded with 0
-) -> dict:  # `rows`: checkpoint, layer, agreement, shuffled, over_shuffled (Interval over documents); `reason` where there are none
-    "Agreement of earlier checkpoints with the last. ValueError when the tokens differ."
+) -> dict:
+    """Agreement of earlier checkpoints with the last (Muennighoff et al. 2024). ValueError when the tokens differ.
+
+    `rows`: checkpoint, layer, agreement, shuffled, over_shuffled (Interval over documents); `reason` where there are
+    none."""
     if len(readings) < 2:
         return {"rows": [], "reason": "one checkpoint only: saturation needs an earlier one"}
     generator, (*earlier, (last, final)), rows = generator or torch.Generator().manual_seed(0), readings.items(), []
-    other = _another(final.token_id, generator, False)
+    other, size = _another(final.token_id, generator, False), (final.num_layers, final.num_experts)
     for name, choices in earlier:
-        if (
-            not torch.equal(choices.token_id, final.token_id)
-            or choices.experts.shape[1] != final.num_layers
-            or choices.num_experts != final.num_experts
-        ):
+        if not torch.equal(choices.token_id, final.token_id) or (choices.num_layers, choices.num_experts) != size:
             raise ValueError(
-                f"checkpoints {name!r} and {last!r} did not read the same tokens with the same number of layers and experts: they cannot be compared"
+                f"checkpoints {name!r} and {last!r} did not read the same tokens with the same number of layers and "
+                "experts: they cannot be compared"
             )
         for layer in range(final.num_layers):
             then, now = final.mask(layer), choices.mask(layer)
             values = torch.stack([(then & now).sum(1), (then & now[other]).sum(1), then.sum(1)], 1).double()
-            sums = (
-                torch.zeros(int(final.sequence.max()) + 1, 3, dtype=torch.float64)
-                .index_add_(0, final.sequence, values)
-                .numpy()
-            )
+            sums = torch.zeros(int(final.sequence.max()) + 1, 3, dtype=torch.float64)
+            sums = sums.index_add_(0, final.sequence, values).numpy()
             sums = sums[sums[:, 2] > 0]
-            rows.append(
-                {
-                    "checkpoint": name,
-                    "layer": layer,
-                    "agreement": float(sums[:, 0].sum() / sums[:, 2].sum()),
-                    "shuffled": float(sums[:, 1].sum() / sums[:, 2].sum()),
-                    "over_shuffled": clustered_difference(*sums.T),
-                }
-            )
+            agreement, shuffled = (sums[:, :2].sum(0) / sums[:, 2].sum()).tolist()
+            row = {"checkpoint": name, "layer": layer, "agreement": agreement, "shuffled": shuffled}
+            rows.append(row | {"over_shuffled": clustered_difference(*sums.T)})
     return {"rows": rows, "final": last}
 
 # %% ../../nbs/64_analysis.domains.ipynb #c6bcf203
@@ -738,42 +665,41 @@ def coactivation(
     layer: int,
     top: int = 5,  # pairs to name
 ) -> dict:
-    """`rate` (E, E): P(j | i) among the tokens of i; `lift` (E, E) against independence; `excess`, `excess_floor`; `pairs`: the `top` pairs by tokens above independence, each with tokens and
-    lift. For a router with one expert a token `reason` says why there is nothing."""
+    """Which experts work together, against independent ones of the same popularity.
+
+    `rate` (E, E): P(j | i) among the tokens of i; `lift` (E, E) against independence; `excess`, `excess_floor`;
+    `pairs`: the `top` pairs by tokens above independence, each with tokens and lift. For a router with one expert a
+    token `reason` says why there is nothing."""
     mask = choices.mask(layer).double()
     both, load = (mask.T @ mask).fill_diagonal_(0).numpy(), mask.sum(0).numpy()
     if not both.sum():
         return {"layer": layer, "reason": "no token uses two experts"}
     expected = np.outer(load, load)
     np.fill_diagonal(expected, 0)
-    for _ in range(50):
-        expected *= np.outer(
-            s := (both.sum(1) / expected.sum(1).clip(1e-300)) ** 0.5, s
-        )  # so that each expert has as many partners as it has
+    for _ in range(50):  # so that each expert has as many partners as it has
+        scale = (both.sum(1) / expected.sum(1).clip(1e-300)) ** 0.5
+        expected *= np.outer(scale, scale)
     i, j = np.triu_indices(len(load), 1)
     seen, chance, n = both[i, j], expected[i, j], both[i, j].sum()
-    lift = np.divide(both, expected, out=np.ones_like(both), where=expected > 0)
-    share = chance / chance.sum()
+    lift, share = np.divide(both, expected, out=np.ones_like(both), where=expected > 0), chance / chance.sum()
     order = np.argsort(-(seen - chance), kind="stable")[:top]
+    pair = lambda o: {"experts": [int(i[o]), int(j[o])], "tokens": int(seen[o]), "lift": float(lift[i[o], j[o]])}
     return {
         "layer": layer,
         "rate": both / load.clip(1)[:, None],
         "lift": lift,
         "excess": float(np.abs(seen - chance).sum() / 2 / n),
         "excess_floor": float(np.sqrt(2 * share * (1 - share) / (np.pi * n)).sum() / 2),
-        "pairs": [
-            {"experts": [int(i[o]), int(j[o])], "tokens": int(seen[o]), "lift": float(lift[i[o], j[o]])} for o in order
-        ],
+        "pairs": [pair(o) for o in order],
     }
 
 # %% ../../nbs/64_analysis.domains.ipynb #c29643f3
 def _concentration(ids: Tensor, mask: Tensor, least: int) -> tuple[float, float]:
-    "From the expert, from the id; ids (T,) 0 to V - 1."
+    "From the expert, from the id; ids (T,) 0 to V - 1, mask (T, E)."
     use = torch.zeros(int(ids.max()) + 1, mask.shape[1], dtype=torch.float64).index_add_(0, ids, mask.double())
     count, often = ids.bincount(), ids.bincount() >= least
-    return float(use.amax(0).sum() / use.sum().clamp(min=1)), float(
-        use[often].amax(1).sum() / count[often].sum()
-    ) if often.any() else float("nan")
+    from_id = float(use[often].amax(1).sum() / count[often].sum()) if often.any() else float("nan")
+    return float(use.amax(0).sum() / use.sum().clamp(min=1)), from_id
 
 # %% ../../nbs/64_analysis.domains.ipynb #eab7a5c5
 def vocabulary_specialisation(
@@ -783,30 +709,28 @@ def vocabulary_specialisation(
     draws: int = 19,  # shuffles
     generator: torch.Generator | None = None,  # default: seeded with 0
 ) -> dict:
-    "`input` and `output` (the next token of the document), each `from_expert` and `from_id` with `_shuffled` (mean) and `_p`. ValueError when no id is frequent enough."
-    in_range(least, 1, float("inf"), "least"), in_range(draws, 2, float("inf"), "draws")
+    """How much of an expert is one word, and of a word one expert. ValueError when no id is frequent enough.
+
+    `input` and `output` (the next token of the document), each `from_expert` and `from_id` with `_shuffled` (mean)
+    and `_p`. Source: Muennighoff et al. 2024."""
+    in_range(least, 1, float("inf"), "least")
+    in_range(draws, 2, float("inf"), "draws")
     generator, mask, out = generator or torch.Generator().manual_seed(0), choices.mask(layer), {"layer": layer}
     follows = torch.cat([choices.sequence[1:] == choices.sequence[:-1], torch.tensor([False])])
-    for name, rows, ids in (
-        ("input", torch.ones_like(follows), choices.token_id),
-        ("output", follows, choices.token_id.roll(-1)),
-    ):
+    sides = {"input": (torch.ones_like(follows), choices.token_id), "output": (follows, choices.token_id.roll(-1))}
+    for name, (rows, ids) in sides.items():
         ids, own = ids[rows].unique(return_inverse=True)[1], mask[rows]
         if not len(ids) or ids.bincount().max() < least:
             raise ValueError(f"no token id has least = {least} tokens: read more text or lower least")
-        real = _concentration(ids, own, least)
-        null = np.array(
-            [_concentration(ids, own[torch.randperm(len(ids), generator=generator)], least) for _ in range(draws)]
+        shuffled = lambda: own[torch.randperm(len(ids), generator=generator)]
+        real, null = (
+            _concentration(ids, own, least),
+            np.array([_concentration(ids, shuffled(), least) for _ in range(draws)]),
         )
-        out[name] = {
-            k: v
-            for i, side in enumerate(("from_expert", "from_id"))
-            for k, v in (
-                (side, real[i]),
-                (f"{side}_shuffled", float(null[:, i].mean())),
-                (f"{side}_p", (1 + int((null[:, i] >= real[i]).sum())) / (1 + draws)),
-            )
-        }
+        out[name] = {}
+        for side, value, drawn in zip(("from_expert", "from_id"), real, null.T):
+            p = (1 + int((drawn >= value).sum())) / (1 + draws)
+            out[name] |= {side: value, f"{side}_shuffled": float(drawn.mean()), f"{side}_p": p}
     return out
 
 # %% ../../nbs/64_analysis.domains.ipynb #cfe966cf
@@ -826,102 +750,74 @@ def plain(value):
 def specialisation_report(
     reading: Reading,
     test: dict,  # from `usage_test`
-    distance: list[dict],
-    recall: list[dict],
-    angles: list[dict],  # from `depth_distance`, `next_layer_recall`, `orthogonality`
+    distance: list[dict],  # from `depth_distance`
+    recall: list[dict],  # from `next_layer_recall`
+    angles: list[dict],  # from `orthogonality`
     settled: dict,  # from `saturation`
     aligned: bool,  # does one router serve all layers?
     published: list[dict] | None = None,  # from `published_usage`
     generator: torch.Generator | None = None,  # of the shuffles
 ) -> dict:
     "All of this chapter in plain numbers."
-    choices, L = reading.choices, reading.choices.num_layers
-    present = test["effect_p"] <= 0.05
-    layers = [
-        {
-            k: test[k][l]
-            for k in (
-                "effect",
-                "effect_floor",
-                "effect_95",
-                "effect_p",
-                "information",
-                "information_floor",
-                "information_p",
-            )
-        }
-        | {"layer": l, "experts_below_05": int((test["p_adjusted"][l] < 0.05).sum())}
-        for l in range(L)
-    ]
-    pairs = [{k: v for k, v in coactivation(choices, l).items() if k not in ("rate", "lift")} for l in range(L)]
-    return plain(
-        {
-            "domains": reading.domains,
-            "documents": test["documents"],
-            "tokens": len(choices.token_id),
-            "num_experts": choices.num_experts,
-            "draws": test["draws"],
-            "domain_use": layers,
-            "share": test["share"],
-            "p_adjusted": test["p_adjusted"],
-            "token_id": token_explained(choices, reading.labels, present),
-            "trajectory": {"ids_align": aligned, "distance": distance, "recall": recall},
-            "orthogonality": [{k: v for k, v in r.items() if k != "cosines"} for r in angles],
-            "saturation": settled,
-            "coactivation": pairs,
-            "vocabulary": [vocabulary_specialisation(choices, l, generator=generator) for l in range(L)],
-            "published": published or {"reason": "the published counts are not on this machine"},
-        }
-    )
+    choices, L = reading.choices, range(reading.choices.num_layers)
+    names = ("effect", "effect_floor", "effect_95", "effect_p", "information", "information_floor", "information_p")
+    below = (test["p_adjusted"] < 0.05).sum(1)
+    without = lambda row, *dropped: {k: v for k, v in row.items() if k not in dropped}
+    report = {
+        "domains": reading.domains,
+        "documents": test["documents"],
+        "tokens": len(choices.token_id),
+        "num_experts": choices.num_experts,
+        "draws": test["draws"],
+        "domain_use": [{**{k: test[k][l] for k in names}, "layer": l, "experts_below_05": below[l]} for l in L],
+        "share": test["share"],
+        "p_adjusted": test["p_adjusted"],
+        "token_id": token_explained(choices, reading.labels, test["effect_p"] <= 0.05),
+        "trajectory": {"ids_align": aligned, "distance": distance, "recall": recall},
+        "orthogonality": [without(r, "cosines") for r in angles],
+        "saturation": settled,
+        "coactivation": [without(coactivation(choices, l), "rate", "lift") for l in L],
+        "vocabulary": [vocabulary_specialisation(choices, l, generator=generator) for l in L],
+        "published": published or {"reason": "the published counts are not on this machine"},
+    }
+    return plain(report)
 
 # %% ../../nbs/64_analysis.domains.ipynb #9cb775f4
-def report_numbers(report: dict) -> dict:  # from `specialisation_report`; name -> number or None
-    "The report as means over layers (`layer_...` as lists), for a run."
-    mean = lambda values: float(np.mean(v)) if (v := [x for x in values if x is not None]) else None
-    of = lambda rows, *path: [_get(r, path) for r in rows]
-    use, token, depth, angle, pairs, words, settled = (
-        report["domain_use"],
-        report["token_id"],
-        report["trajectory"],
-        report["orthogonality"],
-        report["coactivation"],
-        report["vocabulary"],
-        report["saturation"]["rows"],
-    )
-    out = {
-        "layer_domain_effect": of(use, "effect"),
-        "layer_domain_effect_floor": of(use, "effect_floor"),
-        "layer_domain_effect_p": of(use, "effect_p"),
-        "layer_token_explained": of(token, "explained", "estimate"),
-        "domain_effect": mean(of(use, "effect")),
-        "domain_effect_floor": mean(of(use, "effect_floor")),
-        "experts_by_domain": sum(of(use, "experts_below_05")) / (len(use) * report["num_experts"]),
-        "domain_information": mean(of(token, "information", "estimate")),
-        "token_information": mean(of(token, "information_token", "estimate")),
-        "token_explained": mean(of(token, "explained", "estimate")),
-        "token_explained_other_domains": mean(of(token, "explained_other_domains", "estimate")),
-        "shared_ids": token[0]["shared_ids"],
-    }
-    out |= {
-        f"trajectory_{n}": mean(of(depth["distance"], n)) for n in ("l1", "relabelled", "shuffled", "variation")
-    } | {f"next_set_{n}": mean(of(depth["recall"], n)) for n in ("recall", "marginal", "shuffled", "same_id", "random")}
-    out |= {f"cosine_{n}": mean(of(angle, n)) for n in ("abs", "abs_random", "abs_formula", "mean")} | {
-        f"gram_{n}".rstrip("_"): mean(of(angle, f"gram_{n}".rstrip("_"))) for n in ("", "random")
-    }
-    return out | {
-        "coactivation_excess": mean(of(pairs, "excess")),
-        "coactivation_floor": mean(of(pairs, "excess_floor")),
-        "saturation": mean(of(settled, "agreement")),
-        "saturation_shuffled": mean(of(settled, "shuffled")),
-        **{
-            f"vocabulary_{side}_{n}": mean(of(words, side, n))
-            for side in ("input", "output")
-            for n in ("from_expert", "from_expert_shuffled", "from_id", "from_id_shuffled")
-        },
-    }
-
-# %% ../../nbs/64_analysis.domains.ipynb #ed74ec56
 def _get(row, path):
+    "A value inside dictionaries; None where one of them is missing."
     for name in path:
         row = None if row is None else row.get(name)
     return row
+
+
+def _means(rows: list[dict], names: dict[str, str]) -> dict:
+    "Means over layers, without missing values, None where there are none; names: of the mean -> in a row."
+    mean = lambda values: float(np.mean(v)) if (v := [x for x in values if x is not None]) else None
+    return {name: mean([r.get(key) for r in rows]) for name, key in names.items()}
+
+
+def report_numbers(report: dict) -> dict:  # from `specialisation_report`; name -> number or None
+    "The report as means over layers (`layer_...` as lists), for a run."
+    use, token, depth, angles = (report[k] for k in ("domain_use", "token_id", "trajectory", "orthogonality"))
+    explained = ("explained", "explained_other_domains", "information", "information_token")
+    estimates = [{n: _get(r, (n, "estimate")) for n in explained} for r in token]
+    prefixed = lambda prefix, *names: {f"{prefix}_{n}": n for n in names}
+    out = {f"layer_domain_{n}": [r[n] for r in use] for n in ("effect", "effect_floor", "effect_p")}
+    out |= {
+        "layer_token_explained": [r["explained"] for r in estimates],
+        "experts_by_domain": sum(r["experts_below_05"] for r in use) / (len(use) * report["num_experts"]),
+        "shared_ids": token[0]["shared_ids"],
+        **_means(use, prefixed("domain", "effect", "effect_floor")),
+        **_means(estimates, {"domain_information": "information", "token_information": "information_token"}),
+        **_means(estimates, prefixed("token", "explained", "explained_other_domains")),
+        **_means(depth["distance"], prefixed("trajectory", "l1", "relabelled", "shuffled", "variation")),
+        **_means(depth["recall"], prefixed("next_set", "recall", "marginal", "shuffled", "same_id", "random")),
+        **_means(angles, prefixed("cosine", "abs", "abs_random", "abs_formula", "mean")),
+        **_means(angles, {"gram": "gram", "gram_random": "gram_random"}),
+        **_means(report["coactivation"], {"coactivation_excess": "excess", "coactivation_floor": "excess_floor"}),
+        **_means(report["saturation"]["rows"], {"saturation": "agreement", "saturation_shuffled": "shuffled"}),
+    }
+    for side in ("input", "output"):
+        names = prefixed(f"vocabulary_{side}", "from_expert", "from_expert_shuffled", "from_id", "from_id_shuffled")
+        out |= _means([r[side] for r in report["vocabulary"]], names)
+    return out

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-
+from itertools import combinations, product
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -66,9 +66,8 @@ def _gathered(parts: list[tuple], num_experts: int, tokens: int | None) -> Choic
         [nn.functional.pad(p[3], (0, max(0, K - p[3].shape[-1])), value=num_experts)[..., :K] for p in parts]
     )
     token_id, position, sequence = (torch.cat([p[i].long() for p in parts]) for i in range(3))
-    order = (sequence * (int(position.max()) + 1) + position).argsort(stable=True)[
-        :tokens
-    ]  # generation records step by step
+    place = sequence * (int(position.max()) + 1) + position
+    order = place.argsort(stable=True)[:tokens]  # generation records step by step
     return Choices(token_id[order], position[order], sequence[order], experts[order], num_experts)
 
 # %% ../../nbs/55_analysis.tokens.ipynb #c8c89901
@@ -76,13 +75,12 @@ def read_choices(
     source: Trace | Choices,  # of any model; a Choices passes through
     tokens: int = 100_000,  # the first ones only, at most; whole shards are read until there are enough
 ) -> Choices:
-    "The choices of a trace."
+    "The choices of a trace. TypeError for anything else, ValueError for a trace without tokens."
     if isinstance(source, Choices):
         return source
     if not isinstance(source, Trace):
-        raise TypeError(
-            f"a Trace or Choices is needed, got {type(source).__name__}: record(model, ...) or watch(model, ...) makes one"
-        )
+        got = type(source).__name__
+        raise TypeError(f"a Trace or Choices is needed, got {got}: record(model, ...) or watch(model, ...) makes one")
     in_range(tokens, 1, float("inf"), "tokens")
     parts, names = [], ("token_id", "position", "sample", "experts", "weights", "offsets")
     for columns in source.columns(names):
@@ -99,7 +97,7 @@ def watch(
     rule=None,  # what decides in it, as for `route`; None: the model itself
     experts: str = "ragged",  # as for `route`
 ) -> Choices:
-    "Run a model once and keep what its tokens chose; padding is left out."
+    "Run a model once and keep what its tokens chose; padding is left out. ValueError for a model in training mode."
     if model.training:
         raise ValueError("watch expects model.eval(): dropout and router jitter would be part of what is seen")
     parts, layers, base, E = [], [], 0, 0
@@ -111,21 +109,15 @@ def watch(
         for batch in batches:
             batch = batch if isinstance(batch, dict) else {"input_ids": batch}
             layers.clear()
-            model(
-                **{k: v.to(model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")},
-                use_cache=False,
-            )
+            given = {k: v.to(model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+            model(**given, use_cache=False)
             (context, _, E), K = layers[0], max(e.shape[1] for _, e, _ in layers)
             wide = torch.stack([nn.functional.pad(e, (0, K - e.shape[1]), value=E) for _, e, _ in layers], 1)
             valid = context.valid.cpu()
-            parts.append(
-                (
-                    context.token_id.cpu()[valid],
-                    context.position.cpu()[valid],
-                    context.sequence.cpu()[valid] + base,
-                    wide[valid],
-                )
+            token_id, position, sequence = (
+                x.cpu()[valid] for x in (context.token_id, context.position, context.sequence)
             )
+            parts.append((token_id, position, sequence + base, wide[valid]))
             base += len(batch["input_ids"])
     return _gathered(parts, E, None)
 
@@ -135,7 +127,9 @@ def token_spans(
     tokenizer,  # of transformers
     pieces: dict | None = None,  # filled and used again from call to call: id -> text
 ) -> tuple[str, list[tuple[int, int]]]:  # the text; (start, end) of each token in it
-    "The text of a sequence and where each token lies in it. Special tokens become line ends; tokens that share a character share its span."
+    """The text of a sequence and where each token lies in it.
+
+    Special tokens become line ends; tokens that share a character share its span."""
     decode = lambda x: tokenizer.decode(x, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
     head, special, pieces = len(decode(anchor)), set(tokenizer.all_special_ids), {} if pieces is None else pieces
@@ -153,7 +147,9 @@ def token_spans(
 
 # %% ../../nbs/55_analysis.tokens.ipynb #c58c9d24
 def token_words(ids: list[int], tokenizer, pieces: dict | None = None) -> list[str]:
-    "The word each token belongs to, in lower case: letters and digits, or a run of punctuation; pure white space is written as a mark for blank or line end."
+    """The word each token of one sequence belongs to, in lower case: letters and digits, or a run of punctuation.
+
+    Pure white space is written as a mark for blank or line end."""
     text, spans = token_spans(ids, tokenizer, pieces)
     owner = [""] * len(text)
     for found in re.finditer(r"\w+|[^\w\s]+|\s+", text):
@@ -185,6 +181,22 @@ def _tfidf(words: list[str], experts: list[int], num_experts: int, vocabulary: l
         documents[expert].append(word)
     return TfidfVectorizer(analyzer=list, vocabulary=vocabulary).fit_transform(documents[:-1]).toarray()
 
+# %% ../../nbs/55_analysis.tokens.ipynb #new1
+def _shuffled_tfidf(words, first: Tensor, num_experts: int, vocabulary, count: int, generator) -> np.ndarray:
+    "(count, E, V) scores of the words with experts shuffled over tokens."
+    shuffle = lambda: first[torch.randperm(len(first), generator=generator)].tolist()
+    return np.stack([_tfidf(words, shuffle(), num_experts, vocabulary) for _ in range(count)])
+
+
+def _highest(score: np.ndarray, top: int) -> list[tuple[int, int]]:
+    "(expert, word) of the `top` highest scores above 0 of each row of (E, V)."
+    return [(e, w) for e, row in enumerate(score) for w in np.argsort(-row, kind="stable")[:top] if row[w] > 0]
+
+
+def _share_above(score: np.ndarray, limit: np.ndarray, top: int) -> float:
+    "Share of the keywords of scores (E, V) that lie above a limit (E, V)."
+    return float(np.mean([score[e, w] > limit[e, w] for e, w in _highest(score, top)]))
+
 # %% ../../nbs/55_analysis.tokens.ipynb #c59a217c
 def expert_keywords(
     source: Trace | Choices,
@@ -195,48 +207,32 @@ def expert_keywords(
     draws: int = 20,  # shuffles
     generator: torch.Generator | None = None,  # of the shuffles; default: seeded with 0
 ) -> dict:
-    """Keywords by TF-IDF with one document an expert. `rows`: expert, word, score, shuffled (its largest score there under shuffles), above, tokens, lift;
-    `above` and `above_shuffled`: share of keywords above all shuffles, and its mean when the list itself comes from a shuffle; `p`: of `above` among those."""
-    in_range(top, 1, float("inf"), "top"), in_range(draws, 2, float("inf"), "draws")
+    """Keywords of each expert by TF-IDF with one document an expert. Source: seed document 001, section 5.6.
+
+    `rows`: expert, word, score, shuffled (its largest score there under shuffles), above, tokens, lift. `above` and
+    `above_shuffled`: share of keywords above all shuffles, and its mean when the list itself comes from a shuffle.
+    `p`: of `above` among those. ValueError where no word is frequent enough."""
+    in_range(top, 1, float("inf"), "top")
+    in_range(draws, 2, float("inf"), "draws")
     choices, generator = read_choices(source), _generator(generator)
     words, first, E = _words(choices, tokenizer), choices.first(layer), choices.num_experts
-    count = Counter(words)
+    count, pairs = Counter(words), Counter(zip(first.tolist(), words))
     vocabulary = sorted(w for w, n in count.items() if n >= least)
     if not vocabulary:
         raise ValueError(f"no word has least = {least} tokens: read more text or lower least")
     score = _tfidf(words, first.tolist(), E, vocabulary)
-    null = np.stack(
-        [
-            _tfidf(words, first[torch.randperm(len(first), generator=generator)].tolist(), E, vocabulary)
-            for _ in range(draws + 1)
-        ]
-    )
+    null = _shuffled_tfidf(words, first, E, vocabulary, draws + 1, generator)
     limit = null[:-1].max(0)
-    picked = lambda s: [(e, w) for e in range(E) for w in np.argsort(-s[e], kind="stable")[:top] if s[e, w] > 0]
-    beats = lambda s, other: float(np.mean([s[e, w] > other[e, w] for e, w in picked(s)]))
-    share, pairs = torch.bincount(first, minlength=E + 1) / len(first), Counter(zip(first.tolist(), words))
-    rows = [
-        dict(
-            expert=e,
-            word=vocabulary[w],
-            score=float(score[e, w]),
-            shuffled=float(limit[e, w]),
-            above=bool(score[e, w] > limit[e, w]),
-            tokens=(n := pairs[e, vocabulary[w]]),
-            lift=n / (count[vocabulary[w]] * float(share[e])),
-        )
-        for e, w in picked(score)
-    ]
-    others = [np.delete(null, d, 0).max(0) for d in range(draws + 1)]
-    above, chance = beats(score, limit), [beats(s, o) for s, o in zip(null, others)]
-    return {
-        "rows": rows,
-        "above": above,
-        "above_shuffled": float(np.mean(chance)),
-        "p": (1 + sum(c >= above for c in chance)) / (2 + draws),
-        "draws": draws,
-        "layer": layer,
-    }
+    above = _share_above(score, limit, top)
+    chance = [_share_above(null[d], np.delete(null, d, 0).max(0), top) for d in range(draws + 1)]
+    share, rows = torch.bincount(first, minlength=E + 1) / len(first), []
+    for e, w in _highest(score, top):
+        word, value, shuffled = vocabulary[w], float(score[e, w]), float(limit[e, w])
+        row = dict(expert=e, word=word, score=value, shuffled=shuffled, above=value > shuffled, tokens=pairs[e, word])
+        rows.append(row | {"lift": pairs[e, word] / (count[word] * float(share[e]))})
+    p = (1 + sum(c >= above for c in chance)) / (2 + draws)
+    found = dict(rows=rows, above=above, above_shuffled=float(np.mean(chance)), p=p)
+    return found | {"draws": draws, "layer": layer}
 
 # %% ../../nbs/55_analysis.tokens.ipynb #c7ddc111
 def expert_samples(
@@ -247,8 +243,9 @@ def expert_samples(
     width: int = 30,  # characters of context on each side
     generator: torch.Generator | None = None,  # default: seeded with 0
 ) -> list[dict]:  # expert, sequence, position, token, context with the token in brackets, tokens of the cluster, lift
-    "Tokens drawn from each expert's cluster, in context."
-    in_range(per_expert, 1, float("inf"), "per_expert"), in_range(width, 0, float("inf"), "width")
+    "Tokens drawn at random from each expert's cluster, in context. Source: seed document 001, section 5.6."
+    in_range(per_expert, 1, float("inf"), "per_expert")
+    in_range(width, 0, float("inf"), "width")
     choices, generator, pieces, rows = read_choices(source), _generator(generator), {}, []
     first, total = choices.first(layer), choices.token_id.bincount()
     for expert in range(choices.num_experts):
@@ -276,10 +273,8 @@ def expert_samples(
 def _explained(mask: Tensor, bins: Tensor, count: int) -> tuple[Tensor, float]:
     "Rates (E, B) and the share of the variance of the selections (T, E) that the bins (T,) explain."
     size = bins.bincount(minlength=count).double()
-    rate = torch.zeros(count, mask.shape[1], dtype=torch.float64).index_add_(0, bins, mask.double()) / size.clamp(
-        min=1
-    ).unsqueeze(1)
-    mean = mask.double().mean(0)
+    used = torch.zeros(count, mask.shape[1], dtype=torch.float64).index_add_(0, bins, mask.double())
+    rate, mean = used / size.clamp(min=1).unsqueeze(1), mask.double().mean(0)
     total = (mean * (1 - mean)).sum() * len(mask)
     return rate.T, float((size.unsqueeze(1) * (rate - mean).square()).sum() / total) if total else 0.0
 
@@ -299,9 +294,12 @@ def position_heatmap(
     draws: int = 199,  # rotations
     generator: torch.Generator | None = None,  # default: seeded with 0
 ) -> dict:
-    """Selection rate of each expert over positions. `rate` (E, B), `edges` (B + 1,), `explained` share of variance, `shuffled` its mean under rotation,
-    `shuffled_95` its 95 % point, `p` of the permutation test."""
-    in_range(bins, 2, float("inf"), "bins"), in_range(draws, 1, float("inf"), "draws")
+    """Selection rate of each expert over B bins of positions. Source: seed document 001, section 5.6.
+
+    `rate` (E, B), `edges` (B + 1,) in tokens, `explained` share of variance, `shuffled` its mean under rotation,
+    `shuffled_95` its 95 % point, `p` of the permutation test. ValueError where every sequence has one token."""
+    in_range(bins, 2, float("inf"), "bins")
+    in_range(draws, 1, float("inf"), "draws")
     choices, generator = read_choices(source), _generator(generator)
     length = int(choices.position.max()) + 1
     if length < 2:
@@ -354,12 +352,12 @@ def draw_positions(
 @torch.no_grad()
 def expert_vectors(
     model: nn.Module,
-    kind: str = "gate",  # "gate": rows of the scorer; "weights": all weights of each expert; "representation": what SPECTRA's router reports
+    kind: str = "gate",  # rows of the scorer; "weights": all of each expert's; "representation": as SPECTRA reports it
     layer: int = 0,
     rule=None,  # the router, or a list with one a layer, that decides in the model; None: its own gates
     windows: Tensor | None = None,  # (N, S) token ids, for "representation"
 ) -> Tensor:  # (E, R) float32
-    "One vector an expert."
+    "One vector of R numbers an expert. ValueError, with the kinds to take instead, where the model has none."
     known(kind, ("gate", "weights", "representation"), "kind of vectors")
     layers = moe_layers(model)
     info = layers[in_range(layer, 0, len(layers) - 1, "layer")]
@@ -374,17 +372,15 @@ def expert_vectors(
         found = [p for p in source.parameters() if p.ndim == 2 and p.shape[0] == info.num_experts]
         if len(found) != 1:
             raise ValueError(
-                f"{type(source).__name__} has {len(found)} matrices with a row an expert, one is needed: take kind='representation' or 'weights'"
+                f"{type(source).__name__} has {len(found)} matrices with a row an expert, one is needed: "
+                "take kind='representation' or 'weights'"
             )
         return found[0].float().clone()
     if windows is None:
         raise ValueError("kind = 'representation' needs windows: representations are those of a forward")
     seen = {}
-    with route(
-        model,
-        rule,
-        observe=lambda context, routing, hidden: seen.setdefault(context.layer, routing.extras.get("representation")),
-    ):
+    observe = lambda context, routing, hidden: seen.setdefault(context.layer, routing.extras.get("representation"))
+    with route(model, rule, observe=observe):
         model(input_ids=windows.to(model.device), use_cache=False)
     if seen[layer] is None:
         raise ValueError(f"{type(router).__name__} reports no expert representations: take kind='gate' or 'weights'")
@@ -392,7 +388,7 @@ def expert_vectors(
 
 # %% ../../nbs/55_analysis.tokens.ipynb #cf421b80
 def _random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:
-    "(E, min(E, R)) random directions in R dimensions with the lengths of the rows of `vectors` (E, R), up to a rotation."
+    "(E, min(E, R)) random directions in R dimensions, as long as the rows of `vectors` (E, R), up to a rotation."
     (E, R), draw = vectors.shape, np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     x = torch.from_numpy(draw.standard_normal((E, min(E, R))))
     if R > E:
@@ -402,23 +398,17 @@ def _random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:
 
 def _spread(x: Tensor) -> dict:
     "What can be said of vectors (E, R) without a map."
-    variance = torch.linalg.svdvals(x - x.mean(0)).square()
-    unit = nn.functional.normalize(x, dim=1)
-    cosine = (unit @ unit.T).fill_diagonal_(-1)
-    return {
-        "pca_2": float(variance[:2].sum() / variance.sum()) if variance.sum() else 1.0,
-        "max_cosine": float(cosine.max()),
-    }
+    variance, unit = torch.linalg.svdvals(x - x.mean(0)).square(), nn.functional.normalize(x, dim=1)
+    flat = float(variance[:2].sum() / variance.sum()) if variance.sum() else 1.0
+    return {"pca_2": flat, "max_cosine": float((unit @ unit.T).fill_diagonal_(-1).max())}
 
 
 def _tsne(x: Tensor, perplexity: float, seed: int) -> tuple[np.ndarray, float | None]:
     "A map (E, 2), and its trustworthiness where there are enough points for it."
     from sklearn.manifold import TSNE, trustworthiness
 
-    place = TSNE(
-        perplexity=perplexity, init="pca", random_state=seed, method="exact" if len(x) < 500 else "barnes_hut"
-    ).fit_transform(x.numpy())
-    near = min(5, (len(x) - 1) // 2)
+    method, near = "exact" if len(x) < 500 else "barnes_hut", min(5, (len(x) - 1) // 2)
+    place = TSNE(perplexity=perplexity, init="pca", random_state=seed, method=method).fit_transform(x.numpy())
     return place, float(trustworthiness(x.numpy(), place, n_neighbors=near)) if near < len(x) / 2 else None
 
 # %% ../../nbs/55_analysis.tokens.ipynb #cdf87b29
@@ -429,22 +419,22 @@ def expert_map(
     maps: int = 3,  # of them are also mapped
     seed: int = 0,  # of t-SNE and of the random vectors
 ) -> dict:
-    """t-SNE map of experts and its control. `map` (E, 2), `random_map` (E, 2); `pca_2`, `max_cosine`, `trustworthiness`, each with `_random` (mean) and, but for the last,
-    `_random_95` (95 % point)."""
+    """t-SNE map of experts and its control. Source: seed document 001, section 5.6.
+
+    `map` (E, 2), `random_map` (E, 2); `pca_2`, `max_cosine`, `trustworthiness`, each with `_random` (mean) and, but
+    for the last, `_random_95` (95 % point). ValueError for fewer than 4 experts or vectors that are not finite."""
     if vectors.ndim != 2:
         raise ValueError(f"vectors must be (E, R), got shape {tuple(vectors.shape)}")
     E, x = in_range(len(vectors), 4, float("inf"), "number of experts of a map"), vectors.detach().double().cpu()
     if not x.isfinite().all():
         raise ValueError("the vectors hold NaN or infinity")
     perplexity = min(30.0, (E - 1) / 3) if perplexity is None else in_range(perplexity, 0, E, "perplexity", True, True)
-    in_range(draws, 1, float("inf"), "draws"), in_range(maps, 1, draws, "maps")
+    in_range(draws, 1, float("inf"), "draws")
+    in_range(maps, 1, draws, "maps")
     generator = torch.Generator().manual_seed(seed)
     null = [_random_like(x, generator) for _ in range(draws)]
-    (place, trust), others, numbers = (
-        _tsne(x, perplexity, seed),
-        [_tsne(v, perplexity, seed) for v in null[:maps]],
-        [_spread(v) for v in null],
-    )
+    numbers = [_spread(v) for v in null]
+    (place, trust), *others = (_tsne(v, perplexity, seed) for v in (x, *null[:maps]))
     out = {"map": place, "random_map": others[0][0], "perplexity": perplexity, **_spread(x)}
     for name in ("pca_2", "max_cosine"):
         values = [n[name] for n in numbers]
@@ -492,6 +482,22 @@ def _jaccard(a: Tensor, b: Tensor) -> float:
     either = (a | b).sum(-1)
     return float(((a & b).sum(-1) / either.clamp(min=1)).where(either > 0, 1.0).double().mean())
 
+
+def _pairwise(layers: int, value) -> np.ndarray:
+    "(L, L), symmetric with ones on the diagonal: value(a, b) of every pair of layers a < b."
+    out = np.eye(layers)
+    for a, b in combinations(range(layers), 2):
+        out[a, b] = out[b, a] = value(a, b)
+    return out
+
+
+def _transitions(first: list[np.ndarray], num_experts: int) -> np.ndarray:
+    "(L - 1, E, E) share of the tokens of an expert that go on to each expert of the next layer; E stands for none."
+    size = num_experts + 1
+    count = lambda a, b: np.bincount(a * size + b, minlength=size**2).reshape(size, size)[:-1, :-1]
+    flow = np.stack([count(a, b) for a, b in zip(first, first[1:])])
+    return flow / flow.sum(-1, keepdims=True).clip(1)
+
 # %% ../../nbs/55_analysis.tokens.ipynb #cbd9f723
 def routing_change(
     source: Trace | Choices,
@@ -499,54 +505,32 @@ def routing_change(
     draws: int = 10,  # shuffles of each kind
     generator: torch.Generator | None = None,  # default: seeded with 0
 ) -> dict:
-    """`nmi` (L, L) between the strongest experts of two layers, `nmi_shuffled` and `nmi_same_token` (L, L), the means under shuffling; `transition` (L - 1, E, E), rows = share of the
-    tokens of an expert that go on to each expert of the next layer; with `aligned`: `jaccard` (L, L) and `jaccard_shuffled`."""
+    """What one layer's choice says about another's. Source: seed document 001, section 5.6.
+
+    `nmi` (L, L) between the strongest experts of two layers; `nmi_shuffled` and `nmi_same_token` (L, L), its means
+    under shuffling; `transition` (L - 1, E, E), rows = share of the tokens of an expert that go on to each expert of
+    the next layer; `share` (L, E) of the tokens; with `aligned`: `jaccard` and `jaccard_shuffled` (L, L).
+    ValueError for a model with one MoE layer."""
     from sklearn.metrics import normalized_mutual_info_score as score
 
     choices, generator = read_choices(source), _generator(generator)
-    L, E, T = (
-        in_range(choices.num_layers, 2, float("inf"), "number of layers"),
-        choices.num_experts,
-        len(choices.token_id),
-    )
+    L = in_range(choices.num_layers, 2, float("inf"), "number of layers")
+    E, T = choices.num_experts, len(choices.token_id)
     first, masks = [choices.first(layer).numpy() for layer in range(L)], [choices.mask(layer) for layer in range(L)]
-    orders = {
-        "shuffled": [torch.randperm(T, generator=generator) for _ in range(draws)],
-        "same_token": [_within(choices.token_id, generator) for _ in range(draws)],
-    }
-    pairs = [(a, b) for a in range(L) for b in range(a + 1, L)]
-
-    def matrix(value):
-        out = np.eye(L)
-        for a, b in pairs:
-            out[a, b] = out[b, a] = value(a, b)
-        return out
-
+    shuffled = [torch.randperm(T, generator=generator) for _ in range(draws)]
+    within = [_within(choices.token_id, generator) for _ in range(draws)]
+    under = lambda orders: lambda a, b: np.mean([score(first[a], first[b][o.numpy()]) for o in orders])
     found = {
-        "nmi": matrix(lambda a, b: score(first[a], first[b])),
-        **{
-            f"nmi_{name}": matrix(lambda a, b: np.mean([score(first[a], first[b][o.numpy()]) for o in some]))
-            for name, some in orders.items()
-        },
+        "nmi": _pairwise(L, lambda a, b: score(first[a], first[b])),
+        "nmi_shuffled": _pairwise(L, under(shuffled)),
+        "nmi_same_token": _pairwise(L, under(within)),
     }
     if aligned:
-        found |= {
-            "jaccard": matrix(lambda a, b: _jaccard(masks[a], masks[b])),
-            "jaccard_shuffled": matrix(
-                lambda a, b: np.mean([_jaccard(masks[a], masks[b][o]) for o in orders["shuffled"]])
-            ),
-        }
-    flow = np.stack(
-        [
-            np.bincount(a * (E + 1) + b, minlength=(E + 1) ** 2).reshape(E + 1, E + 1)[:E, :E]
-            for a, b in zip(first, first[1:])
-        ]
-    )
-    return found | {
-        "transition": flow / flow.sum(-1, keepdims=True).clip(1),
-        "share": np.stack([np.bincount(f, minlength=E + 1)[:E] / T for f in first]),
-        "aligned": aligned,
-    }
+        by_chance = lambda a, b: np.mean([_jaccard(masks[a], masks[b][o]) for o in shuffled])
+        found["jaccard"] = _pairwise(L, lambda a, b: _jaccard(masks[a], masks[b]))
+        found["jaccard_shuffled"] = _pairwise(L, by_chance)
+    share = np.stack([np.bincount(f, minlength=E + 1)[:E] / T for f in first])
+    return found | {"transition": _transitions(first, E), "share": share, "aligned": aligned}
 
 # %% ../../nbs/55_analysis.tokens.ipynb #c99b8c22
 def change_numbers(change: dict) -> dict:  # from `routing_change`; returns name -> number
@@ -556,7 +540,7 @@ def change_numbers(change: dict) -> dict:  # from `routing_change`; returns name
 
 # %% ../../nbs/55_analysis.tokens.ipynb #ca280e6a
 def draw_change(change: dict, title: str = ""):  # from `routing_change`; returns a matplotlib figure
-    "Lines from layer to layer, as dark as more tokens take the way than chance would send; and the NMI of all pairs of layers."
+    "Lines from layer to layer, as dark as more tokens take the way than chance sends; and the NMI of pairs of layers."
     import matplotlib.pyplot as plt
     from matplotlib.collections import LineCollection
 
@@ -567,23 +551,12 @@ def draw_change(change: dict, title: str = ""):  # from `routing_change`; return
     beyond = share[:-1, :, None] * (flow - share[1:, None, :])  # tokens above those of independent layers
     ways = [(l, a, b, beyond[l, a, b]) for l in range(L - 1) for a in range(E) for b in range(E) if beyond[l, a, b] > 0]
     dark = np.array([w for *_, w in ways]) / max(beyond.max(), 1e-12)
-    left.add_collection(
-        LineCollection(
-            [[(l, a), (l + 1, b)] for l, a, b, _ in ways],
-            linewidths=0.3 + 2.5 * dark,
-            alpha=(0.05 + 0.95 * dark),
-            color=PALETTE["blue"],
-        )
-    )
+    lines, look = [[(l, a), (l + 1, b)] for l, a, b, _ in ways], dict(alpha=0.05 + 0.95 * dark, color=PALETTE["blue"])
+    left.add_collection(LineCollection(lines, linewidths=0.3 + 2.5 * dark, **look))
     for l in range(L):
         left.scatter([l] * E, range(E), s=4 + 150 * share[l], color=PALETTE["black"], zorder=3)
-    left.set(
-        title=title or "where more tokens go than between independent layers",
-        xlabel="layer",
-        ylabel="strongest expert",
-        xticks=range(L),
-        ylim=(E - 0.5, -0.5),
-    )
+    left.set(title=title or "where more tokens go than between independent layers", xlabel="layer")
+    left.set(ylabel="strongest expert", xticks=range(L), ylim=(E - 0.5, -0.5))
     image = right.imshow(np.where(np.eye(L, dtype=bool), np.nan, change["nmi"]), cmap="Blues", vmin=0)
     right.set(title="NMI between layers", xlabel="layer", xticks=range(L), yticks=range(L))
     fig.colorbar(image, ax=right, shrink=0.9)
@@ -616,6 +589,21 @@ def _watched(optimizer, before, after):
         for handle in handles:
             handle.remove()
 
+# %% ../../nbs/55_analysis.tokens.ipynb #new2
+def _learning_rate(optimizer, parameters: list[nn.Parameter]) -> float:
+    "The largest learning rate with which a torch optimizer trains any of the parameters; 0 where it trains none."
+    ids = {id(p) for p in parameters}
+    return max((g["lr"] for g in optimizer.param_groups for p in g["params"] if id(p) in ids), default=0.0)
+
+
+def _flow_row(group: str, parameters: list[nn.Parameter], was: list[Tensor], gradient: float, rate: float) -> dict:
+    "What one step did to a group whose parameters were `was` before it."
+    n, norm = sum(p.numel() for p in parameters), _norm(was)
+    update = _norm(p.detach() - q for p, q in zip(parameters, was))
+    nominal, effective = (rate * n**0.5 / norm, update / norm) if norm else (None, None)
+    row = dict(group=group, parameters=n, gradient=gradient, gradient_rms=gradient / n**0.5, norm=norm, update=update)
+    return row | dict(effective_lr=effective, nominal=nominal, steady=effective / nominal if nominal else None)
+
 # %% ../../nbs/55_analysis.tokens.ipynb #cf7bdff7
 def gradient_flow(
     steps,  # from `training.prepare`
@@ -624,54 +612,38 @@ def gradient_flow(
     every: int = 1,  # look at each so many-th
     groups: dict[str, list[nn.Parameter]] | None = None,  # default: router, experts, rest
 ) -> list[dict]:  # a row a step and group
-    """Train and watch. Rows: step, loss, group, parameters, gradient (norm, after clipping), gradient_rms, norm, update, effective_lr, nominal, steady.
-    Training is the same to the last bit as without. A group with nothing to train has no rows."""
-    in_range(count, 1, float("inf"), "count"), in_range(every, 1, float("inf"), "every")
+    """Train and watch. Source: seed document 001, section 5.6.
+
+    Rows: step, loss, group, parameters, gradient (norm, after clipping), gradient_rms, norm, update, effective_lr,
+    nominal, steady. Training is the same to the last bit as without. A group with nothing to train has no rows."""
+    in_range(count, 1, float("inf"), "count")
+    in_range(every, 1, float("inf"), "every")
     groups = {name: [p for p in some if p.requires_grad] for name, some in (groups or _groups(steps)).items()}
-    groups, rows, old = {name: some for name, some in groups.items() if some}, [], {}
+    groups, old = {name: some for name, some in groups.items() if some}, {}
     optimizer = getattr(steps.optimizer, "optimizer", steps.optimizer)  # accelerate wraps it
-    rate = lambda o, ids: max((g["lr"] for g in o.param_groups for p in g["params"] if id(p) in ids), default=0.0)
+    rows, new = [], []
 
     def before(o):
         for name, some in groups.items():
-            old[name] = _norm(p.grad for p in some if p.grad is not None), [p.detach().clone() for p in some]
+            old[name] = [p.detach().clone() for p in some], _norm(p.grad for p in some if p.grad is not None)
 
     def after(o):
-        for name, some in groups.items():
-            (gradient, was), n = old.pop(name), sum(p.numel() for p in some)
-            norm, update = _norm(was), _norm(p.detach() - q for p, q in zip(some, was))
-            nominal = rate(o, {id(p) for p in some}) * n**0.5 / norm if norm else None
-            rows.append(
-                dict(
-                    step=step,
-                    loss=None,
-                    group=name,
-                    parameters=n,
-                    gradient=gradient,
-                    gradient_rms=gradient / n**0.5,
-                    norm=norm,
-                    update=update,
-                    effective_lr=update / norm if norm else None,
-                    nominal=nominal,
-                    steady=update / norm / nominal if nominal else None,
-                )
-            )
+        new.extend(_flow_row(name, some, *old.pop(name), _learning_rate(o, some)) for name, some in groups.items())
 
     for step in range(first, first + count):
         if (step - first) % every:
             steps(step)
             continue
+        new.clear()
         with _watched(optimizer, before, after):
             loss = steps(step)[0]
-        for row in rows:
-            if row["step"] == step:
-                row["loss"] = loss
+        rows += [{"step": step, "loss": loss, **row} for row in new]
     return rows
 
 # %% ../../nbs/55_analysis.tokens.ipynb #c3e62915
 def flow_numbers(
-    rows: list[dict],
-    skip: float = 0.25,  # from `gradient_flow`; share of the steps left out at the beginning
+    rows: list[dict],  # from `gradient_flow`
+    skip: float = 0.25,  # share of the steps left out at the beginning
 ) -> dict:  # name_group -> median over steps; ratios of router to experts
     "Medians over steps of gradient size, effective learning rate and its steadiness for each group."
     steps = sorted({r["step"] for r in rows})
@@ -699,26 +671,13 @@ def draw_flow(rows: list[dict]):  # from `gradient_flow`; returns a matplotlib f
     fig, axes = plt.subplots(1, 3, figsize=(6.8, 2.0))
     for group, colour in zip(dict.fromkeys(r["group"] for r in rows), ("vermilion", "blue", "grey")):
         own = [r for r in rows if r["group"] == group]
+        values = lambda name: [np.nan if r[name] is None else r[name] for r in own]
+        at, colour = [r["step"] for r in own], PALETTE[colour]
         for ax, name in zip(axes, ("gradient_rms", "effective_lr", "steady")):
-            ax.plot(
-                [r["step"] for r in own],
-                [r[name] if r[name] is not None else np.nan for r in own],
-                color=PALETTE[colour],
-                lw=1,
-                label=group,
-            )
-        axes[1].plot(
-            [r["step"] for r in own],
-            [r["nominal"] if r["nominal"] is not None else np.nan for r in own],
-            color=PALETTE[colour],
-            lw=0.8,
-            ls="--",
-        )
-    for ax, title, scale in zip(
-        axes,
-        ("gradient, rms an element", "effective learning rate", "share of the nominal one"),
-        ("log", "log", "linear"),
-    ):
+            ax.plot(at, values(name), color=colour, lw=1, label=group)
+        axes[1].plot(at, values("nominal"), color=colour, lw=0.8, ls="--")
+    titles = ("gradient, rms an element", "effective learning rate", "share of the nominal one")
+    for ax, title, scale in zip(axes, titles, ("log", "log", "linear")):
         ax.set(title=title, xlabel="step", yscale=scale)
     axes[2].legend()
     return fig
@@ -733,22 +692,16 @@ def window_losses(
     experts: str = "ragged",  # as for `route`
     observe=None,  # as for `route`
 ) -> Tensor:  # (N, S - 1) nats of each prediction
-    "Losses of held-out windows under a rule."
+    "Losses of held-out windows under a rule. ValueError for a model in training mode."
     if model.training:
-        raise ValueError(
-            "window_losses expects model.eval(): dropout and router jitter would be part of the difference"
-        )
+        raise ValueError("window_losses expects model.eval(): dropout and router jitter would be part of it")
     parts = []
     with route(model, rule, experts=experts, observe=observe):
         for rows in windows.split(batch):
             logits = model(input_ids=rows.to(model.device), use_cache=False).logits[:, :-1].float()
-            parts.append(
-                nn.functional.cross_entropy(
-                    logits.flatten(0, 1), rows[:, 1:].flatten().to(logits.device), reduction="none"
-                )
-                .view(len(rows), -1)
-                .cpu()
-            )
+            wanted = rows[:, 1:].flatten().to(logits.device)
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="none")
+            parts.append(losses.view(len(rows), -1).cpu())
     return torch.cat(parts)
 
 # %% ../../nbs/55_analysis.tokens.ipynb #cf45a152
@@ -756,20 +709,15 @@ def router_parameters(model: nn.Module, rule=None) -> list[nn.Parameter]:
     "The distinct parameters that decide: those of the routers, or of the model's own gates under a rule."
     given = list(rule) if isinstance(rule, (list, tuple, nn.ModuleList)) else [rule]
     routers = [r for r in given if isinstance(r, nn.Module)]
-    return list(
-        {id(p): p for m in routers or [layer.gate for layer in moe_layers(model)] for p in m.parameters()}.values()
-    )
+    deciding = routers or [layer.gate for layer in moe_layers(model)]
+    return list({id(p): p for m in deciding for p in m.parameters()}.values())
 
 # %% ../../nbs/55_analysis.tokens.ipynb #c1f8dd58
 def _direction(parameters: list[nn.Parameter], generator: torch.Generator) -> list[Tensor]:
     "A random direction, each row as long as the parameter's; nothing along vectors and scalars."
     draw = lambda p: torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-    return [
-        nn.functional.normalize(draw(p), dim=-1) * p.detach().norm(dim=-1, keepdim=True)
-        if p.ndim > 1
-        else torch.zeros_like(p)
-        for p in parameters
-    ]
+    along = lambda p: nn.functional.normalize(draw(p), dim=-1) * p.detach().norm(dim=-1, keepdim=True)
+    return [along(p) if p.ndim > 1 else torch.zeros_like(p) for p in parameters]
 
 
 @contextmanager
@@ -789,43 +737,39 @@ def _moved(parameters: list[nn.Parameter], directions: list[list[Tensor]], at: t
 # %% ../../nbs/55_analysis.tokens.ipynb #ceee6fb3
 def loss_plane(
     model: nn.Module,
-    windows: Tensor,
+    windows: Tensor,  # (N, S) token ids
     rule,  # as for `window_losses`
     parameters: list[nn.Parameter],  # that move
     radius: float = 1.0,  # largest step along a direction, relative to each row
-    points: int = 5,  # of each axis, odd: the middle one is the model as it is
+    points: int = 5,  # P of each axis, odd: the middle one is the model as it is
     axes: int = 2,  # random directions: 2 = a plane, 1 = a segment
     batch: int = 16,
     generator: torch.Generator | None = None,  # of the directions; default: seeded with 0
 ) -> dict:
-    """Loss along random filter-normalised directions. `at` (P,), `loss`, `low` and `high` (P, P) or (P,): mean loss, and the 95 % interval of its difference to the middle over
-    windows; `changed`: share of decisions whose set of experts differs from that of the middle."""
-    (
-        in_range(radius, 0, float("inf"), "radius", open_low=True),
-        in_range(points, 3, 101, "points"),
-        known(str(axes), ("1", "2"), "number of axes"),
-    )
+    """Loss along random filter-normalised directions (Li et al. 2018).
+
+    `at` (P,); `loss`, `low` and `high` (P, P) or (P,): mean loss in nats, and the 95 % interval of its difference to
+    the middle over windows; `changed`: share of decisions whose set of experts differs from that of the middle."""
+    in_range(radius, 0, float("inf"), "radius", open_low=True)
+    in_range(points, 3, 101, "points")
+    known(str(axes), ("1", "2"), "number of axes")
     if points % 2 == 0:
         raise ValueError(f"points = {points} is even: take {points + 1}, so that the model itself is among them")
     generator, at, decided = _generator(generator), [radius * (2 * i / (points - 1) - 1) for i in range(points)], []
     directions = [_direction(parameters, generator) for _ in range(axes)]
 
-    def look(*place):
+    def look(place):
         decided.clear()
         with _moved(parameters, directions, place):
             nll = window_losses(model, windows, rule, batch, observe=lambda c, r, h: decided.append(r.mask.cpu()))
         return nll.mean(1).double().numpy(), torch.cat(decided)
 
-    centre, sets = look(*[0.0] * axes)
-
-    def cell(*place):
-        nll, mask = look(*place)
+    (centre, sets), cells = look([0.0] * axes), []
+    for place in product(at, repeat=axes):
+        nll, mask = look(place)
         spread = paired_t(nll, centre)
-        return nll.mean(), spread.low, spread.high, float((mask != sets).any(-1).double().mean())
-
-    grid = np.array(
-        [cell(*place) for place in np.array(np.meshgrid(*[at] * axes, indexing="ij")).reshape(axes, -1).T.tolist()]
-    ).T.reshape(4, *[points] * axes)
+        cells.append((nll.mean(), spread.low, spread.high, float((mask != sets).any(-1).double().mean())))
+    grid = np.array(cells).T.reshape(4, *[points] * axes)
     return {"at": at, **dict(zip(("loss", "low", "high", "changed"), grid)), "centre": float(centre.mean())}
 
 # %% ../../nbs/55_analysis.tokens.ipynb #c07ec78e
@@ -833,8 +777,7 @@ def swap_last(
     routing: Routing,
     choice: Tensor,  # (T, E) what experts are ranked by
     rows: Tensor,  # (T,) bool, tokens to change
-    random: torch.Generator
-    | None = None,  # take a random other expert instead of the runner-up (the runner-up where there is no other)
+    random: torch.Generator | None = None,  # take a random other expert (the runner-up only where there is no other)
 ) -> tuple[Routing, Tensor]:  # the changed decision, and the gap (T,), NaN where nothing was changed
     "Replace the chosen expert that ranks last by the best one that was not chosen; its slot keeps its weight."
     mask, low = routing.mask, float("-inf")
@@ -843,13 +786,8 @@ def swap_last(
     rows = rows & mask.any(-1) & best.values.isfinite() & worst.values.isfinite()
     new = best.indices
     if random is not None:
-        score = (
-            torch.rand(choice.shape, generator=random)
-            .to(choice.device)
-            .masked_fill(free.isinf(), low)
-            .scatter(-1, new[:, None], -1.0)
-        )  # the runner-up only if alone
-        new = score.argmax(-1)
+        score = torch.rand(choice.shape, generator=random).to(choice.device).masked_fill(free.isinf(), low)
+        new = score.scatter(-1, new[:, None], -1.0).argmax(-1)  # the runner-up only if alone
     experts = torch.where(rows[:, None] & (routing.experts == worst.indices[:, None]), new[:, None], routing.experts)
     return replace(routing, experts=experts), (worst.values - best.values).masked_fill(~rows, float("nan"))
 
@@ -886,58 +824,51 @@ class _RouterSwap(nn.Module):
         return self.swap.change(routing, choice.detach(), context), state
 
 # %% ../../nbs/55_analysis.tokens.ipynb #5edbc12d
-def _swapped_rules(
-    rules: list, layer: int, at: Tensor, batch: int, random: torch.Generator | None
-) -> tuple[list, _Swap]:
+def _rule_a_layer(rule, layers: int) -> list:
+    "What decides in each layer; None stands for the model's own top-k with native weights."
+    if isinstance(rule, (list, tuple, nn.ModuleList)):
+        return list(rule)
+    return [make_rule("topk") if rule is None else rule] * layers
+
+
+def _swapped_rules(rules: list, layer: int, at: Tensor, batch: int, random) -> tuple[list, _Swap]:
     "The rules of all layers with a swap in one of them."
     swap = _Swap(rules[layer], layer, at, batch, random)
-    return [
-        (_RouterSwap(swap) if isinstance(r, nn.Module) else swap) if i == layer else r for i, r in enumerate(rules)
-    ], swap
+    there = _RouterSwap(swap) if isinstance(rules[layer], nn.Module) else swap
+    return [*rules[:layer], there, *rules[layer + 1 :]], swap
 
 # %% ../../nbs/55_analysis.tokens.ipynb #c0344779
 def boundary_jumps(
     model: nn.Module,
-    windows: Tensor,  # as for `window_losses`
+    windows: Tensor,  # (N, S), as for `window_losses`
     rule=None,  # None: the model's own top-k, with native weights
     layers: Iterable[int] | None = None,  # default: all
     repeats: int = 2,  # tokens tried in each window and layer
     batch: int = 16,
     generator: torch.Generator | None = None,  # of the tokens and the random experts; default: seeded with 0
-) -> list[
-    dict
-]:  # layer, window, position, gap, next, random: nats by which the window's loss grows with the runner-up and with a random expert
-    "The change of the loss when the last chosen expert of one token is replaced."
+) -> list[dict]:
+    """The change of the loss when the last chosen expert of one token is replaced.
+
+    Rows: layer, window, position, gap; `next` and `random`, nats by which the window's loss grows with the runner-up
+    and with a random expert. ValueError where no decision can be swapped."""
     found, generator, rows = moe_layers(model), _generator(generator), []
     N, S = windows.shape
-    in_range(S, 2, float("inf"), "tokens of a window"), in_range(repeats, 1, float("inf"), "repeats")
-    rules = (
-        list(rule)
-        if isinstance(rule, (list, tuple, nn.ModuleList))
-        else [make_rule("topk") if rule is None else rule] * len(found)
-    )
+    in_range(S, 2, float("inf"), "tokens of a window")
+    in_range(repeats, 1, float("inf"), "repeats")
+    rules = _rule_a_layer(rule, len(found))
     base = window_losses(model, windows, rules, batch)
     for layer in range(len(found)) if layers is None else layers:
         in_range(layer, 0, len(found) - 1, "layer")
         for _ in range(repeats):
             at, change = torch.randint(S - 1, (N,), generator=generator), {}
+            later = torch.arange(S - 1) >= at[:, None]
             for name, random in (("next", None), ("random", generator)):
                 there, swap = _swapped_rules(rules, layer, at, batch, random)
-                later = torch.arange(S - 1) >= at[:, None]
                 change[name] = ((window_losses(model, windows, there, batch) - base).double() * later).sum(1).tolist()
-            gaps = torch.cat(swap.gaps).tolist()
-            rows += [
-                dict(
-                    layer=layer,
-                    window=i,
-                    position=int(at[i]),
-                    gap=gaps[i],
-                    next=change["next"][i],
-                    random=change["random"][i],
-                )
-                for i in range(N)
-                if gaps[i] == gaps[i]
-            ]
+            for i, gap in enumerate(torch.cat(swap.gaps).tolist()):
+                if gap == gap:
+                    row = dict(layer=layer, window=i, position=int(at[i]), gap=gap)
+                    rows.append(row | {name: change[name][i] for name in ("next", "random")})
     if not rows:
         raise ValueError("no decision could be swapped: every token uses all experts, or none")
     return rows
@@ -947,8 +878,11 @@ def jump_numbers(
     rows: list[dict],  # from `boundary_jumps`
     bins: int = 3,  # of equal size over the gap
 ) -> dict:
-    """Mean jumps in nats with 95 % intervals clustered by window: with the runner-up (`jump_next`), a random expert (`jump_random`), their difference (`jump_excess` = random - next), the mean
-    size of a jump (`size_next`); Spearman's correlation of the size of a jump with its gap; and the same by thirds of the gap (`by_gap`)."""
+    """Mean jumps in nats with 95 % intervals clustered by window.
+
+    With the runner-up (`jump_next`), a random expert (`jump_random`), their difference (`jump_excess` = random -
+    next), the mean size of a jump (`size_next`); Spearman's correlation of the size of a jump with its gap; and the
+    same by thirds of the gap (`by_gap`)."""
     from scipy.stats import spearmanr
 
     column = lambda name, some=rows: np.array([r[name] for r in some], dtype=float)
@@ -962,18 +896,15 @@ def jump_numbers(
         "jump_random": interval(column("random")),
         "jump_excess": interval(column("random") - column("next")),
         "size_next": interval(abs(column("next"))),
+        "by_gap": [],
     }
-    rank = spearmanr(abs(column("next")), column("gap"))
-    edges, gap = np.quantile(column("gap"), np.linspace(0, 1, bins + 1)), column("gap")
-    parts = [
-        [r for r, inside in zip(rows, (gap >= a) & ((gap < b) | (b == edges[-1]))) if inside]
-        for a, b in zip(edges, edges[1:])
-    ]
-    out["by_gap"] = [
-        {"gap": float(np.mean(column("gap", p))), **{n: interval(column(n, p), p) for n in ("next", "random")}}
-        for p in parts
-        if len({r["window"] for r in p}) > 1
-    ]
+    gap = column("gap")
+    rank, edges = spearmanr(abs(column("next")), gap), np.quantile(gap, np.linspace(0, 1, bins + 1))
+    for a, b in zip(edges, edges[1:]):
+        part = [r for r, inside in zip(rows, (gap >= a) & ((gap < b) | (b == edges[-1]))) if inside]
+        if len({r["window"] for r in part}) > 1:
+            means = {n: interval(column(n, part), part) for n in ("next", "random")}
+            out["by_gap"].append({"gap": float(np.mean(column("gap", part))), **means})
     return out | {"size_gap_rank": float(rank.statistic), "size_gap_rank_p": float(rank.pvalue), "n": len(rows)}
 
 # %% ../../nbs/55_analysis.tokens.ipynb #ce39f43c
@@ -987,7 +918,9 @@ def loss_landscape(
     batch: int = 16,
     generator: torch.Generator | None = None,  # default: seeded with 0
 ) -> dict:
-    "The loss around the router: `plane` of its parameters, `router` and `experts` segments along one direction each, `jumps` and their `numbers`."
+    """The loss around the router. Source: seed document 001, section 5.6.
+
+    `plane` of its parameters, `router` and `experts` segments along one direction each, `jumps` and their `numbers`."""
     generator, own = _generator(generator), router_parameters(model, rule)
     experts = list({id(p): p for layer in moe_layers(model) for p in layer.experts.parameters()}.values())
     common = dict(radius=radius, points=points, batch=batch, generator=generator)
@@ -1021,16 +954,8 @@ def draw_landscape(landscape: dict):  # from `loss_landscape`; returns a matplot
     for name, colour, label in (("next", "vermilion", "runner-up"), ("random", "grey", "random expert")):
         rows = landscape["numbers"]["by_gap"]
         mean, low, high = np.array([r[name] for r in rows]).T
-        right.errorbar(
-            [r["gap"] for r in rows],
-            mean,
-            [mean - low, high - mean],
-            fmt="o-",
-            color=PALETTE[colour],
-            lw=1,
-            capsize=2,
-            label=label,
-        )
+        look = dict(fmt="o-", color=PALETTE[colour], lw=1, capsize=2, label=label)
+        right.errorbar([r["gap"] for r in rows], mean, [mean - low, high - mean], **look)
     right.axhline(0, color=PALETTE["black"], lw=0.6)
     right.set(title="one swap, nats", xlabel="gap of the scores")
     right.legend(fontsize=6)

@@ -37,7 +37,7 @@ from ..settings import load_settings
 # %% ../../nbs/65_harness.tasks.ipynb #cfea97f2
 @dataclass(frozen=True)
 class Benchmark:
-    "A task as the seed asks for it."
+    "A task as seed document 000 asks for it."
 
     group: str  # the seed's group
     shots: int  # the seed's number of examples
@@ -61,10 +61,9 @@ BENCHMARKS = {  # lm-eval's task name -> what the seed asks for
 SEED_TASKS = [name for name, b in BENCHMARKS.items() if b.folder]
 EMBEDDED_TASKS = [name for name, b in BENCHMARKS.items() if not b.folder]
 
-# %% ../../nbs/65_harness.tasks.ipynb #c6cd53c3
-_MEAN = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-
 # %% ../../nbs/65_harness.tasks.ipynb #093bc083
+_MEAN = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+_NUMBER = [{"function": "regex", "regex_pattern": r"#### (\-?[0-9\.\,]+)"}, {"function": "take_first"}]
 EMBEDDED = {  # name -> what would be the task's YAML file
     "embedded_choice": dict(
         dataset_name="hellaswag",
@@ -72,7 +71,7 @@ EMBEDDED = {  # name -> what would be the task's YAML file
         doc_to_text="{{context}}",
         doc_to_choice="{{endings}}",
         doc_to_target="{{label}}",
-        metric_list=[*_MEAN, {**_MEAN[0], "metric": "acc_norm"}],
+        metric_list=[_MEAN, {**_MEAN, "metric": "acc_norm"}],
     ),
     "embedded_arithmetic": dict(
         dataset_name="arc_challenge",
@@ -80,27 +79,15 @@ EMBEDDED = {  # name -> what would be the task's YAML file
         doc_to_text="Question: {{context}}\nAnswer:",
         doc_to_target="{{endings[label]}}",
         generation_kwargs={"until": ["Question:", "\n"], "do_sample": False, "max_gen_toks": 32},
-        filter_list=[
-            {
-                "name": "strict-match",
-                "filter": [{"function": "regex", "regex_pattern": r"#### (\-?[0-9\.\,]+)"}, {"function": "take_first"}],
-            }
-        ],
-        metric_list=[
-            {
-                "metric": "exact_match",
-                "aggregation": "mean",
-                "higher_is_better": True,
-                "regexes_to_ignore": ["(?s).*#### "],
-            }
-        ],
+        filter_list=[{"name": "strict-match", "filter": _NUMBER}],
+        metric_list=[{**_MEAN, "metric": "exact_match", "regexes_to_ignore": ["(?s).*#### "]}],
     ),
     "embedded_word": dict(
         dataset_name="lambada",
         output_type="loglikelihood",
         doc_to_text="{{context}}",
         doc_to_target="{{' ' + word}}",
-        metric_list=_MEAN,
+        metric_list=[_MEAN],
     ),
 }
 
@@ -120,11 +107,9 @@ def _embedded_task(name: str) -> dict:
 
 # %% ../../nbs/65_harness.tasks.ipynb #c4068a07
 def _json_rows(path: Path) -> list[dict]:
-    "Rows of a .jsonl file."
+    "Rows of a .jsonl file; ValueError that names the line of a broken one."
     rows = []
-    for i, line in enumerate(
-        path.read_text(encoding="utf-8").split("\n")
-    ):  # splitlines() would also cut at separators inside texts
+    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n")):  # splitlines() also cuts inside texts
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as e:
@@ -136,65 +121,69 @@ def local_folder(
     path: str,  # lm-eval's dataset_path, such as allenai/ai2_arc
     config: str | None,  # its dataset_name
     data_dir: Path,  # of settings
-) -> tuple[Path, str] | None:  # folder, and the subject its rows have to be filtered by
-    "Where a data set of lm-eval lies on this machine: <name>/<configuration>, <configuration>, <name>, or <name>/all with a column `subject`."
+) -> tuple[Path, str] | None:  # folder, and the subject its rows have to be filtered by; None without a copy
+    """Where a data set of lm-eval lies on this machine.
+
+    Tried in turn: <name>/<configuration>, <configuration>, <name>/all with a column `subject`, <name>."""
     name = str(path).split("/")[-1]
     tries = [(f"{name}/{config}", ""), (str(config), "")] if config else []
-    for folder, subject in [
-        *tries,
-        (f"{name}/all", config or ""),
-        *([] if config and (data_dir / name / "all").is_dir() else [(name, "")]),
-    ]:
+    tries.append((f"{name}/all", config or ""))
+    if not (config and (data_dir / name / "all").is_dir()):
+        tries.append((name, ""))
+    for folder, subject in tries:
         if any((data_dir / folder).glob("*.jsonl")):
             return data_dir / folder, subject
     return None
 
 # %% ../../nbs/65_harness.tasks.ipynb #b4b67bc2
 def read_splits(
-    folder: Path,
-    subject: str,
-    wanted: list[str],  # from `local_folder`; splits that the task names
-    read=_json_rows,
-) -> dict[str, list[dict]]:
-    "The splits of a data set that are on disk."
+    folder: Path,  # from `local_folder`
+    subject: str,  # from `local_folder`; "": all rows
+    wanted: list[str],  # splits that the task names
+    read=_json_rows,  # of one file
+) -> dict[str, list[dict]]:  # rows by split
+    "The splits of a data set that are on disk. ValueError for a broken file."
     rows = {s: read(folder / f"{s}.jsonl") for s in wanted if (folder / f"{s}.jsonl").is_file()}
     return {s: [r for r in found if r.get("subject") == subject] if subject else found for s, found in rows.items()}
 
 # %% ../../nbs/65_harness.tasks.ipynb #cf6794a4
 def with_examples(
-    rows: dict[str, list[dict]],
-    scored: str,
-    examples: str | None,  # rows by split; names of the split that is scored and of that for few-shot examples
+    rows: dict[str, list[dict]],  # by split
+    scored: str,  # name of the split that is scored
+    examples: str | None,  # name of the split for few-shot examples
     spare: int = 64,  # at most so many rows change sides
 ) -> tuple[dict[str, list[dict]], str]:  # rows by split, and a line about what was done
     "Make a split for examples out of the last rows of the scored split, when there is none."
     if not examples or examples in rows:
         return rows, ""
     n = min(spare, len(rows[scored]) // 4)
-    return rows | {
-        scored: rows[scored][: -n or None],
-        examples: rows[scored][len(rows[scored]) - n :],
-    }, f"no split {examples!r} on disk: examples are the last {n} rows of {scored!r}, which are not scored"
+    keep = len(rows[scored]) - n
+    moved = {scored: rows[scored][:keep], examples: rows[scored][keep:]}
+    note = f"no split {examples!r} on disk: examples are the last {n} rows of {scored!r}, which are not scored"
+    return rows | moved, note
 
 # %% ../../nbs/65_harness.tasks.ipynb #88859dcb
-def _task_rows(config, settings, source: str, read) -> tuple[dict, str, str]:
-    "Rows by split, a note, and where they come from; None where the hub has to be asked."
+def _embedded_rows(name: str) -> dict[str, list[dict]]:
+    "Rows of the embedded world by split; the last 64, or a quarter, are for examples."
+    rows = load_text("lambada", limit=None) if name == "lambada" else load_choices(name, limit=None)
+    n = min(64, len(rows) // 4)
+    return {"test": rows[:-n], "train": rows[-n:]}
+
+
+def _task_rows(config, settings, source: str, read) -> tuple[dict | None, str, str]:
+    "Rows by split, a note, and where they come from; no rows where the hub has to be asked."
     scored = config.test_split or config.validation_split
     examples = config.fewshot_split or config.training_split
     if config.dataset_path == "embedded":
-        rows = (
-            load_text("lambada", limit=None)
-            if config.dataset_name == "lambada"
-            else load_choices(config.dataset_name, limit=None)
-        )
-        n = min(64, len(rows) // 4)
-        return {"test": rows[:-n], "train": rows[-n:]}, "", "embedded"
+        return _embedded_rows(config.dataset_name), "", "embedded"
     found = None if source == "hub" else local_folder(config.dataset_path, config.dataset_name, settings.data_dir)
     if found is None:
         if source == "local" or not settings.hub:
+            what = f"{config.dataset_path} ({config.dataset_name or 'no configuration'})"
             raise FileNotFoundError(
-                f"task {config.task!r}: no local copy of {config.dataset_path} ({config.dataset_name or 'no configuration'}) in {settings.data_dir}: put <split>.jsonl files with the hub's columns into "
-                f"{settings.data_dir / str(config.dataset_path).split('/')[-1]}, or allow the hub (hub = yes in settings.ini)"
+                f"task {config.task!r}: no local copy of {what} in {settings.data_dir}: put <split>.jsonl files with "
+                f"the hub's columns into {settings.data_dir / str(config.dataset_path).split('/')[-1]}, "
+                "or allow the hub (hub = yes in settings.ini)"
             )
         return None, "", "hub"
     wanted = dict.fromkeys(filter(None, (scored, examples, config.training_split, config.validation_split)))
@@ -210,15 +199,13 @@ def _task_class(settings, source: str) -> type:
 
     class LocalTask(ConfigurableTask):
         def download(self, dataset_kwargs=None, **more):
-            rows, self.note, self.source = (
-                (None, "", "its own")
-                if callable(self.config.custom_dataset)
-                else _task_rows(self.config, settings, source, read)
-            )
-            if rows is None:
-                return super().download(dataset_kwargs, **more)
             from datasets import Dataset
 
+            rows, self.note, self.source = None, "", "its own"
+            if not callable(self.config.custom_dataset):
+                rows, self.note, self.source = _task_rows(self.config, settings, source, read)
+            if rows is None:
+                return super().download(dataset_kwargs, **more)
             self.dataset = {split: Dataset.from_list(found) for split, found in rows.items()}
             for name in ("training_split", "validation_split"):
                 if getattr(self.config, name) not in rows:
@@ -242,27 +229,28 @@ class _Factory(TaskFactory):
 
 # %% ../../nbs/65_harness.tasks.ipynb #ccc65fd5
 def _tasks_root() -> Path:
+    "Where lm-eval keeps its tasks."
     return Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks"
 
 
 class Tasks(TaskManager):
-    "lm-eval's task manager, with data of this machine and the embedded tasks. Raises ValueError with the nearest names for an unknown task."
+    """lm-eval's task manager, with data of this machine and the embedded tasks.
+
+    ValueError with the nearest names for an unknown task."""
 
     def __init__(
         self,
         folders: list[str] | None = None,  # of lm-eval's tasks that are indexed; None: all, which takes many seconds
         source: str = "auto",  # local, hub, auto: local where there is a copy, else the hub
-        settings=None,
-        metadata: dict | None = None,
-        include_path=None,
-        **options,
+        settings=None,  # of `load_settings`; read when not given
+        metadata: dict | None = None,  # as in lm-eval
+        include_path=None,  # as in lm-eval
+        **options,  # of lm-eval's TaskManager
     ):
         known(source, ("auto", "local", "hub"), "source")
-        here = [_tasks_root() / f for f in folders or ()]
         extra = [include_path] if isinstance(include_path, (str, Path)) else list(include_path or ())
-        super().__init__(
-            include_defaults=folders is None, include_path=[*here, *extra] or None, metadata=metadata, **options
-        )
+        paths = [*(_tasks_root() / f for f in folders or ()), *extra]
+        super().__init__(include_defaults=folders is None, include_path=paths or None, metadata=metadata, **options)
         self._factory = _Factory(_task_class(settings or load_settings(), source), meta=metadata)
         self._index.update({name: TaskIndex.entry_from_config(_embedded_task(name)) for name in EMBEDDED})
         self._all_tasks = sorted(self._index)
@@ -275,13 +263,12 @@ class Tasks(TaskManager):
         return super().match_tasks(task_list)
 
 # %% ../../nbs/65_harness.tasks.ipynb #a05d56db
-def unknown_task(name: str, names) -> str:
+def unknown_task(name: str, names: list[str]) -> str:
     "A message with the nearest of some fourteen thousand names."
-    near = list(
-        dict.fromkeys([*get_close_matches(name, [*BENCHMARKS], 2, 0.5), *get_close_matches(name, names, 4, 0.6)])
-    )
+    ours, theirs = get_close_matches(name, [*BENCHMARKS], 2, 0.5), get_close_matches(name, names, 4, 0.6)
+    near = list(dict.fromkeys([*ours, *theirs]))
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return f"unknown task {name!r}: {hint}`python -m moe_routing.harness.routed ls tasks` lists all {len(names)}"
+    return f"unknown task {name!r}: {hint}`python -m moe_routing.harness ls tasks` lists all {len(names)}"
 
 # %% ../../nbs/65_harness.tasks.ipynb #c2ba536d
 def _limits(seconds: float, memory: int):
@@ -301,16 +288,9 @@ def program_passes(
     with TemporaryDirectory() as folder:
         (Path(folder) / "program.py").write_text(f"{program}\nprint({token!r})\n", encoding="utf-8")
         with open(Path(folder) / "out", "w+", encoding="utf-8", errors="replace") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "program.py"],
-                cwd=folder,
-                env={},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                preexec_fn=lambda: _limits(seconds, memory),
-            )
+            apart = dict(env={}, start_new_session=True, preexec_fn=lambda: _limits(seconds, memory))
+            files = dict(stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen([sys.executable, "-I", "program.py"], cwd=folder, **apart, **files)
             try:
                 process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -342,12 +322,13 @@ class _Judge:
 
 
 def may_run_code(settings) -> bool:
+    "Do the settings allow to execute programs that a model wrote?"
     return settings.allow_code_execution
 
 
 @contextmanager
 def code_judge(settings):
-    "Within the block lm-eval's tasks load our judge where they ask for `code_eval`; their modules are forgotten afterwards."
+    "Within the block lm-eval's tasks get our judge for `code_eval`; their modules are forgotten afterwards."
     import evaluate
 
     load, judge, before = evaluate.load, _Judge(may_run_code(settings)), set(sys.modules)
@@ -357,9 +338,8 @@ def code_judge(settings):
     finally:
         evaluate.load = load
         for name in set(sys.modules) - before:
-            if name.startswith("lm_eval.tasks.") and any(
-                isinstance(v, _Judge) for v in vars(sys.modules[name]).values()
-            ):
+            values = vars(sys.modules[name]).values() if name.startswith("lm_eval.tasks.") else ()
+            if any(isinstance(v, _Judge) for v in values):
                 del sys.modules[name]
 
 # %% ../../nbs/65_harness.tasks.ipynb #c7139af9
@@ -376,14 +356,13 @@ class Loaded:
     source: str  # embedded, local, hub
     notes: list[str] = field(default_factory=list)  # every difference from the task as its author made it
 
-
+# %% ../../nbs/65_harness.tasks.ipynb #new65e
 def _set_shots(loaded: Loaded, wanted: int):
     "Request the shots explicitly, as far as there are examples; note what differs from the default."
     for task in loaded.leaves:
         pool = len(task.sampler.df) if getattr(task, "sampler", None) is not None else 0
-        pool = max(
-            0, pool - (task.fewshot_cfg.split == task.config.test_split)
-        )  # then lm-eval draws one more, lest the question be among its examples
+        # Where the examples are of the scored split lm-eval draws one more, lest the question be among them.
+        pool = max(0, pool - (task.fewshot_cfg.split == task.config.test_split))
         have = min(wanted, pool)
         if have < wanted:
             loaded.notes.append(f"{task.config.task}: {wanted} shots requested, but there are {pool} examples")
@@ -392,56 +371,46 @@ def _set_shots(loaded: Loaded, wanted: int):
     if wanted != loaded.default_shots:
         loaded.notes.append(f"{loaded.name}: {wanted} shots requested, the task's default is {loaded.default_shots}")
 
+
+def _load_task(manager: Tasks, name: str, settings) -> Loaded:
+    "A task or group by name, with its default shots."
+    with quiet(), code_judge(settings):
+        found = manager.load(name)
+    leaves, group = list(found["tasks"].values()), found["groups"].get(name)
+    version = (group.config.metadata or {}).get("version") if hasattr(group, "config") else None
+    default, first = leaves[0].config.num_fewshot or 0, leaves[0]
+    source, version = getattr(first, "source", "hub"), version or first.VERSION
+    item = Loaded(name, group or first, leaves, 10**9, default, version, source)
+    item.notes += [f"{t.config.task}: {t.note}" for t in leaves if getattr(t, "note", "")]
+    return item
+
 # %% ../../nbs/65_harness.tasks.ipynb #ea1a937a
 def load_tasks(
     names: list[str],  # lm-eval's names; embedded_choice, embedded_arithmetic, embedded_word
-    shots: dict[str, int]
-    | int
-    | None = None,  # by name, or for all; None: those of BENCHMARKS, else the task's default
+    shots: dict[str, int] | int | None = None,  # by name, or for all; None: of BENCHMARKS, else the task's default
     source: str = "auto",  # as in `Tasks`
     settings=None,  # of `load_settings`; read when not given
     say=print,  # gets a line for every difference from a task's default
 ) -> list[Loaded]:
-    "Build tasks with explicitly requested shots. Raises ValueError with the nearest names for an unknown one, FileNotFoundError where data are missing."
+    """Build tasks with explicitly requested shots.
+
+    ValueError with the nearest names for an unknown one, FileNotFoundError where data are missing."""
     settings = settings or load_settings()
     other = [n for n in names if n not in BENCHMARKS]
-    manager = Tasks(
-        None if other else list(dict.fromkeys(b.folder for n in names if (b := BENCHMARKS[n]).folder)), source, settings
-    )
+    folders = dict.fromkeys(BENCHMARKS[n].folder for n in names if n in BENCHMARKS and BENCHMARKS[n].folder)
+    manager = Tasks(None if other else list(folders), source, settings)
     for name in other:
         if name not in manager.task_index:
             raise ValueError(unknown_task(name, manager.all_tasks))
     out = []
     for name in names:
-        with quiet(), code_judge(settings):
-            found = manager.load(name)
-        leaves, group = list(found["tasks"].values()), found["groups"].get(name)
-        config = leaves[0].config
-        version = (
-            (group.config.metadata or {}).get("version")
-            if group is not None and hasattr(group, "config")
-            else leaves[0].VERSION
-        )
-        item = Loaded(
-            name,
-            group or leaves[0],
-            leaves,
-            10**9,
-            config.num_fewshot or 0,
-            version or leaves[0].VERSION,
-            getattr(leaves[0], "source", "hub"),
-        )
-        item.notes += [f"{t.config.task}: {t.note}" for t in leaves if getattr(t, "note", "")]
-        asked = (
-            shots
-            if isinstance(shots, int)
-            else (shots or {}).get(name, BENCHMARKS[name].shots if name in BENCHMARKS else item.default_shots)
-        )
+        item = _load_task(manager, name, settings)
+        default = BENCHMARKS[name].shots if name in BENCHMARKS else item.default_shots
+        asked = shots if isinstance(shots, int) else (shots or {}).get(name, default)
         _set_shots(item, in_range(asked, 0, 1000, f"shots of {name}"))
-        if any(getattr(t, "UNSAFE_CODE", False) for t in leaves) and not may_run_code(settings):
-            item.notes.append(
-                f"{name}: answers are generated but not scored, because settings.ini does not say allow_code_execution = yes"
-            )
+        if any(getattr(t, "UNSAFE_CODE", False) for t in item.leaves) and not may_run_code(settings):
+            why = "settings.ini does not say allow_code_execution = yes"
+            item.notes.append(f"{name}: answers are generated but not scored, because {why}")
         out.append(item)
         for line in item.notes:
             say(line)

@@ -28,7 +28,8 @@ def histogram(
     "Histogram of given counts, for use with the metrics below."
     counts = np.asarray(counts, dtype=np.int64).ravel()
     if counts.size:
-        in_range(int(counts.min()), 0, num_experts, "count"), in_range(int(counts.max()), 0, num_experts, "count")
+        in_range(int(counts.min()), 0, num_experts, "count")
+        in_range(int(counts.max()), 0, num_experts, "count")
     return np.bincount(counts, minlength=num_experts + 1)
 
 # %% ../../nbs/31_metrics.decision.ipynb #c854db23

@@ -35,7 +35,9 @@ def depends_on(
         def choice(h=hidden, c=context, steps=0):
             router = example_router(row, seed=draw)
             for _ in range(steps):
-                router.train(), router(other.roll(1, 0) + 1, context), router.steer()
+                router.train()
+                router(other.roll(1, 0) + 1, context)
+                router.steer()
             return router.train(training)(h, c)[0]
 
         base, own, ids = choice(), hidden.clone(), context.token_id.clone()

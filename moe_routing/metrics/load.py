@@ -154,7 +154,8 @@ def counts_of(
     mean_k: float,  # experts per token; between whole numbers, tokens use the two neighbours
 ) -> np.ndarray:  # (E+1,)
     "How many tokens use 0..E experts, when only the mean is known."
-    in_range(tokens, 1, float("inf"), "tokens"), in_range(mean_k, 0, num_experts, "mean_k")
+    in_range(tokens, 1, float("inf"), "tokens")
+    in_range(mean_k, 0, num_experts, "mean_k")
     low = min(int(mean_k), num_experts - 1)
     more = round(tokens * (mean_k - low))
     return np.bincount([low, low + 1], [tokens - more, more], num_experts + 1).astype(np.int64)

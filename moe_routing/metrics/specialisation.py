@@ -139,10 +139,8 @@ def random_similarity(
     width: int,  # R
 ) -> np.ndarray:  # (5,) in the order of SIMILARITY
     "What random unit vectors read."
-    (
-        in_range(num_experts, 2, float("inf"), "num_experts"),
-        in_range(width, 1, float("inf"), "width of the representation"),
-    )
+    in_range(num_experts, 2, float("inf"), "num_experts")
+    in_range(width, 1, float("inf"), "width of the representation")
     pairs = num_experts * (num_experts - 1) // 2
     draws = int(np.clip(2**18 // pairs, 8, 4096))
     cosines = random_cosines(num_experts, width, draws, np.random.default_rng(0))

@@ -59,7 +59,8 @@ def random_jaccard(
     num_experts: int,  # E
 ) -> float:
     "Expected Jaccard overlap of two random sets of experts."
-    in_range(a, 0, num_experts, "a"), in_range(b, 0, num_experts, "b")
+    in_range(a, 0, num_experts, "a")
+    in_range(b, 0, num_experts, "b")
     if a + b == 0:
         return 1.0
     ways = [comb(a, i) * comb(num_experts - a, b - i) for i in range(min(a, b) + 1)]  # i experts shared

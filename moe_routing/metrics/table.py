@@ -313,10 +313,8 @@ class Facts:
                 [random_expert_overlap(*facts, sets.occurrences) for facts in zip(self.load, self.counts)]
             )
         if t.sums["similarity"] is not None:  # (L, 5)
-            self.similarity, self.similarity_random = (
-                t.sums["similarity"] / t.tokens,
-                np.tile(random_similarity(self.E, t.width), (self.L, 1)),
-            )
+            self.similarity = t.sums["similarity"] / t.tokens
+            self.similarity_random = np.tile(random_similarity(self.E, t.width), (self.L, 1))
         self.demand_noise = (
             None
             if t.sums["demand_counts"] is None

@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "load": [
             "make_tokenizer", "TinyRecipe", "tiny_config", "training_batches", "learning_rate_share", "train_tiny",
-            "tiny_folder", "tiny_model", "model_size", "load_model", "fingerprint",
+            "ship_tiny", "tiny_folder", "tiny_model", "model_size", "load_model", "fingerprint",
         ],
         "size": ["specification", "router_type"],
         "upcycling": [

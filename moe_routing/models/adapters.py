@@ -39,10 +39,8 @@ class Adapted(nn.Module):
         n = {"S": 1, "E": block.gate.weight.shape[0]}.get(variant, adapters)
         in_range(k, 1, n if variant == "R" else float("inf"), "k")
         beside = block.gate.weight  # same device and dtype
-        self.down, self.up = (
-            nn.Parameter((torch.randn(n, hidden, rank) / hidden**0.5).to(beside)),
-            nn.Parameter(torch.zeros(n, rank, hidden).to(beside)),
-        )
+        self.down = nn.Parameter((torch.randn(n, hidden, rank) / hidden**0.5).to(beside))
+        self.up = nn.Parameter(torch.zeros(n, rank, hidden).to(beside))
         self.router = nn.Linear(hidden, n, bias=False).to(beside) if variant == "R" else None
 
     def shares(self, x: Tensor) -> Tensor:  # (T, H) -> (T, n): weight of each adapter
@@ -107,7 +105,9 @@ def adapter_losses(
         optimizer, losses = torch.optim.Adam(trained, lr=0.02), []
         for _ in range(steps):
             loss = model(ids, labels=ids).loss
-            optimizer.zero_grad(), loss.backward(), optimizer.step()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
             losses.append(float(loss.detach()))
     return {"parameters": sum(p.numel() for p in trained), "change": change, "losses": losses}
 

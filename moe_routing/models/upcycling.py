@@ -77,10 +77,8 @@ def tiny_dense(
 # %% ../../nbs/44_models.upcycling.ipynb #7e94a0f1
 def _train_dense(model: nn.Module, batches: Tensor, recipe: TinyRecipe) -> None:
     "AdamW on next-token loss, one thread."
-    optimizer, threads = (
-        torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0),
-        torch.get_num_threads(),
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for i, tokens in enumerate(batches):
@@ -107,10 +105,8 @@ class UpcycledExperts(nn.Module):
         self.gate_up_proj = stack(mlp.gate_proj.weight, mlp.up_proj.weight)  # (E, 2 I, H)
         self.down_proj = stack(mlp.down_proj.weight)  # (E, H, I)
         if mlp.gate_proj.bias is not None:
-            self.gate_up_proj_bias, self.down_proj_bias = (
-                stack(mlp.gate_proj.bias, mlp.up_proj.bias),
-                stack(mlp.down_proj.bias),
-            )
+            self.gate_up_proj_bias = stack(mlp.gate_proj.bias, mlp.up_proj.bias)
+            self.down_proj_bias = stack(mlp.down_proj.bias)
 
     def forward(
         self,
@@ -155,9 +151,9 @@ class UpcycledMLP(nn.Module):
     def __init__(self, config, mlp: nn.Module, num_experts: int, k: int, shared_expert: bool, combine: str, seed: int):
         super().__init__()
         weight = mlp.down_proj.weight
-        self.combine, self.gate = (
-            combine,
-            UpcycledGate(len(weight), num_experts, k, getattr(config, "initializer_range", 0.02), seed).to(weight),
+        self.combine = combine
+        self.gate = UpcycledGate(len(weight), num_experts, k, getattr(config, "initializer_range", 0.02), seed).to(
+            weight
         )
         self.experts = UpcycledExperts(config, mlp, num_experts)
         self.experts.has_bias = mlp.down_proj.bias is not None  # the decorator's answer is for all instances
@@ -219,7 +215,8 @@ def _dense_mlp(name: str, layer: nn.Module) -> str:
             else ""
         )
         raise ValueError(
-            f"{name}{'.' + other if other else ''} cannot be upcycled: found {already}{type(part).__name__} with {names or 'no modules'}; {_FORM}"
+            f"{name}{'.' + other if other else ''} cannot be upcycled: found {already}{type(part).__name__} with "
+            f"{names or 'no modules'}; {_FORM}"
         )
     return next(iter(parts))
 
@@ -232,7 +229,8 @@ def _check_form(name: str, mlp: nn.Module) -> None:
     a, b = mlp(x).float(), mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).float()
     if not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max())):
         raise ValueError(
-            f"{name} cannot be upcycled: {type(mlp).__name__} has the maps, but its forward computes something else; {_FORM}"
+            f"{name} cannot be upcycled: {type(mlp).__name__} has the maps, but its forward computes something else; "
+            f"{_FORM}"
         )
     if len({getattr(mlp, p).bias is None for p in _MAPS}) > 1:
         raise ValueError(f"{name} cannot be upcycled: only some of its maps have a bias")
@@ -248,12 +246,12 @@ def upcycle(
     experts: str = "ragged",  # experts implementation: ragged, grouped_mm, batched_mm, eager
     seed: int = 0,  # of the gates
 ) -> nn.Module:  # the same model
-    "Make each dense MLP a mixture of copies of itself. ValueError, with the model untouched, if a layer has another form."
-    (
-        known(combine, COMBINE, "way to combine"),
-        in_range(num_experts, 2, float("inf"), "num_experts"),
-        in_range(k, 1, num_experts, "k"),
-    )
+    """Make each dense MLP a mixture of copies of itself.
+
+    ValueError, with the model untouched, if a layer has another form."""
+    known(combine, COMBINE, "way to combine")
+    in_range(num_experts, 2, float("inf"), "num_experts")
+    in_range(k, 1, num_experts, "k")
     if combine != "mean" and not shared_expert:
         raise ValueError(f"combine={combine!r} needs a shared expert: leave shared_expert=True, or use combine='mean'")
     config = model.config
@@ -302,7 +300,8 @@ def text_model(
         causal = AutoModelForCausalLM.from_config(config)
     if type(causal.base_model) is not type(inner):
         raise ValueError(
-            f"{type(model).__name__}: its text model is a {type(inner).__name__}, its configuration describes a {type(causal.base_model).__name__}"
+            f"{type(model).__name__}: its text model is a {type(inner).__name__}, its configuration describes a "
+            f"{type(causal.base_model).__name__}"
         )
     setattr(causal, causal.base_model_prefix, inner)
     causal.set_output_embeddings(head)
@@ -314,11 +313,14 @@ def check_tokenizer(model: nn.Module, tokenizer) -> None:
     rows, top = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1)
     if max(top + 1, len(tokenizer)) > rows:
         raise ValueError(
-            f"the tokenizer has {max(top + 1, len(tokenizer))} tokens, the model embeds {rows}: it is another model's tokenizer, or tokens were added; take the model's own, or model.resize_token_embeddings({max(top + 1, len(tokenizer))})"
+            f"the tokenizer has {max(top + 1, len(tokenizer))} tokens, the model embeds {rows}: it is another "
+            "model's tokenizer, or tokens were added; take the model's own, or "
+            f"model.resize_token_embeddings({max(top + 1, len(tokenizer))})"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "the tokenizer has no end-of-text token (eos_token): set one that is in its vocabulary, or the model never learns to stop"
+            "the tokenizer has no end-of-text token (eos_token): set one that is in its vocabulary, or the model "
+            "never learns to stop"
         )
 
 # %% ../../nbs/44_models.upcycling.ipynb #c4db2120
@@ -326,7 +328,9 @@ def attention_backend(
     device: str | torch.device = "cpu",  # where the model will run
     dtype: torch.dtype | str = torch.float32,  # of its weights, or of autocast
 ) -> str:  # flash_attention_2 or sdpa
-    "The attention implementation to load a model with: flash_attention_2 where it is installed and the device and precision allow it."
+    """The attention implementation to load a model with.
+
+    That is flash_attention_2 where it is installed and the device and precision allow it."""
     from transformers.utils import is_flash_attn_2_available
 
     device, dtype = torch.device(device), getattr(torch, dtype, torch.float32) if isinstance(dtype, str) else dtype
@@ -352,7 +356,9 @@ def load_dense(
     settings=None,  # of `load_settings`; read when not given
     **options,  # for tiny_dense its parameters, else passed to from_pretrained
 ) -> tuple:  # model in evaluation mode, tokenizer
-    "A dense causal language model to upcycle, with the attention that `attention_backend` chooses. Raises like `load_model`, and ValueError on a foreign tokenizer."
+    """A dense causal language model to upcycle, with the attention that `attention_backend` chooses.
+
+    Raises like `load_model`, and ValueError on a foreign tokenizer."""
     settings = settings or load_settings()
     device = str(device or settings.torch_device())
     dtype = dtype or ("float32" if settings.dtype == "auto" else settings.dtype)
@@ -439,15 +445,16 @@ def save_upcycled(
         raise ValueError(f"{type(model).__name__} was not upcycled: use its own save_pretrained")
     if router is not None and not made_by:
         raise ValueError(
-            "a router is kept with the arguments it was made by: save_upcycled(..., router=router, made_by={'name': 'softk', 'k': 2})"
+            "a router is kept with the arguments it was made by: save_upcycled(..., router=router, made_by={'name': "
+            "'softk', 'k': 2})"
         )
-    folder, routers = (
-        Path(folder),
+    folder = Path(folder)
+    routers = (
         []
         if router is None
         else [router]
         if isinstance(router, nn.Module) and not isinstance(router, nn.ModuleList)
-        else list(router),
+        else list(router)
     )
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(model.config.to_json_string(use_diff=False))

@@ -73,7 +73,8 @@ def look(
         raise ValueError(f"horizon {horizon.name!r} sees token ids only, no hidden states")
     if horizon.column not in batch:
         raise ValueError(
-            f"horizon {horizon.name!r} needs the column {horizon.column!r}: record the trace with keep=({horizon.column!r},)"
+            f"horizon {horizon.name!r} needs the column {horizon.column!r}: record the trace with "
+            f"keep=({horizon.column!r},)"
         )
     if "layer" in batch and horizon.layers_back:
         raise ValueError(f"horizon {horizon.name!r} looks across layers: by_layer must be False")
@@ -146,11 +147,9 @@ def _update(
     self._add("exact", found.gather(-1, (count.clamp(max=self.widest) - 1).unsqueeze(-1))[..., 0] == count, document)
     for m in self.sizes:
         at = found[..., m - 1]
-        (
-            self._add(f"recall@{m}", at / count, document),
-            self._add(f"all@{m}", at == count, document),
-            self._add(f"any@{m}", at > 0, document),
-        )
+        self._add(f"recall@{m}", at / count, document)
+        self._add(f"all@{m}", at == count, document)
+        self._add(f"any@{m}", at > 0, document)
     guess = torch.zeros_like(target).scatter_(-1, ranked[..., : self.k], True)
     wrong = (guess & ~target).double()
     share = wrong / wrong.sum(-1, keepdim=True).clamp(min=1)
@@ -315,10 +314,8 @@ class Table(Predictor):
                 self.rows[key] = len(self.rows)
         if len(self.rows) > len(self.seen):
             more = max(1024, len(self.rows)) if len(self.rows) * 2 <= self.most else self.most - len(self.seen)
-            self.used, self.seen = (
-                torch.cat([self.used, torch.zeros(more, self.L, self.E)]),
-                torch.cat([self.seen, torch.zeros(more)]),
-            )
+            self.used = torch.cat([self.used, torch.zeros(more, self.L, self.E)])
+            self.seen = torch.cat([self.seen, torch.zeros(more)])
         row = torch.tensor([self.rows.get(key, -1) for key in keys.tolist()])[at]
         kept = row >= 0
         self.used.index_add_(0, row[kept], targets(batch, self.E)[batch["valid"]][kept].float())
@@ -335,7 +332,9 @@ class Table(Predictor):
 
 # %% ../../nbs/51_predictors.baselines.ipynb #ca15c464
 class PreviousToken(Predictor):
-    "The experts of the token before, in the same layer; the first token has the marginal only, which also ranks the rest."
+    """The experts of the token before, in the same layer.
+
+    The first token has the marginal only, which also ranks the rest."""
 
     needs, passes = frozenset(["past"]), 1
 
@@ -351,7 +350,9 @@ class PreviousToken(Predictor):
 
 
 class PreviousLayer(PreviousToken):
-    "The experts with the same numbers as those used in the newest known layer: numbers mean nothing across layers, which this control shows."
+    """The experts with the same numbers as those used in the newest known layer.
+
+    Numbers mean nothing across layers, which this control shows."""
 
     needs = frozenset(["layers"])
 
@@ -383,7 +384,10 @@ class PreviousLayerTable(Predictor):
 
 # %% ../../nbs/51_predictors.baselines.ipynb #c0b9eea2
 class GateOn(Predictor):
-    "The gate of layer l on what is known: `own` input (the control), `stale` (of an earlier layer), `stream` (before attention), `previous` (one token ago)."
+    """The gate of layer l on what is known.
+
+    `own` input (the control), `stale` (of an earlier layer), `stream` (before attention), `previous` (one token
+    ago)."""
 
     def __init__(self, horizon, trace, what: str = "stale"):
         super().__init__(horizon, trace)

@@ -85,7 +85,10 @@ class Evaluation:
 
 # %% ../../nbs/57_predictors.evaluate.ipynb #c9133478
 def _table(self, layers=None) -> list[dict]:
-    "A row a predictor: hit@1, slot recall at k, 2k and 4k, exact set, any-hit beside its chance, calibration; intervals over documents."
+    """A row a predictor.
+
+    Hit@1, slot recall at k, 2k and 4k, exact set, any-hit beside its chance, calibration; intervals over
+    documents."""
     k, E, rows = self.k, self.num_experts, []
     five = next(m for m in self.tallies["random"].sizes if m >= 5) if "random" in self.tallies else 5
     for name, t in self.tallies.items():
@@ -132,7 +135,9 @@ def _coverage(self, name: str, layers=None) -> list[dict]:
 
 
 def _confused(self, name: str, most: int = 5) -> list[dict]:
-    "The pairs of experts that are taken for one another most often: layer, the expert that was needed, the one guessed in its place, and the share of the needed one's slots."
+    """The pairs of experts that are taken for one another most often.
+
+    Layer, the expert that was needed, the one guessed in its place, and the share of the needed one's slots."""
     t, rows = self.tallies[known(name, self.tallies, "predictor")], []
     for layer in range(self.horizon.first, len(t.confusion)):
         share = t.confusion[layer] / t.confusion[layer].sum(1, keepdim=True).clamp(min=1)
@@ -149,12 +154,10 @@ def _confused(self, name: str, most: int = 5) -> list[dict]:
     return rows
 
 
-Evaluation.table, Evaluation.by_layer, Evaluation.coverage, Evaluation.confused = (
-    _table,
-    _by_layer,
-    _coverage,
-    _confused,
-)
+Evaluation.table = _table
+Evaluation.by_layer = _by_layer
+Evaluation.coverage = _coverage
+Evaluation.confused = _confused
 
 # %% ../../nbs/57_predictors.evaluate.ipynb #c05d89a9
 def evaluate_predictors(

@@ -40,10 +40,8 @@ class Standardise(nn.Module):
 
     def __init__(self, num_layers: int, hidden_size: int):
         super().__init__()
-        (
-            self.register_buffer("centre", torch.zeros(num_layers, hidden_size)),
-            self.register_buffer("scale", torch.ones(num_layers, hidden_size)),
-        )
+        self.register_buffer("centre", torch.zeros(num_layers, hidden_size))
+        self.register_buffer("scale", torch.ones(num_layers, hidden_size))
 
     def fit(self, x: Tensor) -> None:  # (N, L, H)
         "Take centre and scale from examples; a feature that never moves keeps the scale 1."
@@ -78,7 +76,8 @@ class Learned(Predictor):
         self.H = trace.head.get("hidden_size", 0)
         if horizon.column and not self.H:
             raise ValueError(
-                f"horizon {horizon.name!r} needs hidden states, and {trace.folder} has none: record it with keep=({horizon.column!r},)"
+                f"horizon {horizon.name!r} needs hidden states, and {trace.folder} has none: record it with "
+                f"keep=({horizon.column!r},)"
             )
         self.loss_name = "bce"
 
@@ -142,11 +141,9 @@ class LowRank(Learned):
         super().__init__(horizon, trace)
         rank = in_range(min(64, self.H) if rank is None else rank, 1, self.H, "rank")
         self.loss_name = "ranking"
-        self.standard, self.down, self.up = (
-            Standardise(self.L, self.H),
-            ByLayer(self.L, self.H, rank, bias=False),
-            ByLayer(self.L, rank, self.E),
-        )
+        self.standard = Standardise(self.L, self.H)
+        self.down = ByLayer(self.L, self.H, rank, bias=False)
+        self.up = ByLayer(self.L, rank, self.E)
 
     def forward(self, batch):
         return self.up(self.down(self.standard(look(batch, self.horizon))))
@@ -189,7 +186,9 @@ class TokenEmbedding(Learned):
 
 # %% ../../nbs/54_predictors.learned.ipynb #cc79d3c6
 class History(MLPGuess):
-    "`mlp`, plus what causal attention (or a GRU) finds in the tokens so far: their hidden states and the experts they used."
+    """`mlp`, plus what causal attention (or a GRU) finds in the tokens so far.
+
+    Their hidden states and the experts they used."""
 
     def __init__(self, horizon, trace, width: int = 512, memory: int = 128, heads: int = 4, recurrent: bool = False):
         super().__init__(horizon, trace, width)
@@ -204,15 +203,11 @@ class History(MLPGuess):
         if recurrent:
             self.cell = nn.GRU(memory, memory, batch_first=True)
         else:
-            self.norm, self.qkv, self.out = (
-                nn.LayerNorm(memory),
-                nn.Linear(memory, 3 * memory),
-                nn.Linear(memory, memory),
-            )
-        self.last, self.head = (
-            nn.LayerNorm(memory),
-            nn.Sequential(ByLayer(self.L, memory, width), nn.GELU(), ByLayer(self.L, width, self.E, zero=True)),
-        )
+            self.norm = nn.LayerNorm(memory)
+            self.qkv = nn.Linear(memory, 3 * memory)
+            self.out = nn.Linear(memory, memory)
+        self.last = nn.LayerNorm(memory)
+        self.head = nn.Sequential(ByLayer(self.L, memory, width), nn.GELU(), ByLayer(self.L, width, self.E, zero=True))
 
     def columns(self):
         return tuple(dict.fromkeys((*super().columns(), "hidden")))
@@ -253,14 +248,17 @@ class SeedSimple(Learned):
         self.net = nn.Sequential(nn.Linear(self.H, width), *block(), *block(), nn.Linear(width, self.E))
         for m in self.net:
             if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
 
     def forward(self, batch):
         return self.net(look(batch, self.horizon))
 
 # %% ../../nbs/54_predictors.learned.ipynb #fe919a3c
 class SeedHybrid(Learned):
-    "A head for now and four for the next tokens, over two causal transformer layers; the same for all layers of the model."
+    """A head for now and four for the next tokens, over two causal transformer layers.
+
+    The same for all layers of the model."""
 
     pooled, steps = True, 4
 
@@ -280,10 +278,8 @@ class SeedHybrid(Learned):
         self.features, self.now = nn.Sequential(*block(self.H, width), *block(width, width)), head(nn.Dropout(0.1))
         self.positions = nn.Parameter(torch.randn(1000, width) * 0.02)
         layer = nn.TransformerEncoderLayer(width, 8, 2 * width, 0.1, batch_first=True)
-        self.temporal, self.later = (
-            nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
-            nn.ModuleList(head() for _ in range(self.steps)),
-        )
+        self.temporal = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.later = nn.ModuleList(head() for _ in range(self.steps))
 
     def both(self, batch) -> tuple[Tensor, list[Tensor]]:
         "Scores (B, S, L, E) for now, and for 1 to 4 tokens later, at the position that makes the guess."
@@ -458,11 +454,9 @@ class Recipe:
     def __post_init__(self):
         for n, low in (("lr", 0), ("batch", 1), ("epochs", 1), ("group", 1), ("clip", 0)):
             in_range(getattr(self, n), low, 10**6, n, open_low=low == 0)
-        (
-            in_range(self.weight_decay, 0, 1, "weight_decay"),
-            known(self.schedule, ("step", "epoch"), "schedule"),
-            known(self.on_nan, ("error", "skip"), "on_nan"),
-        )
+        in_range(self.weight_decay, 0, 1, "weight_decay")
+        known(self.schedule, ("step", "epoch"), "schedule")
+        known(self.on_nan, ("error", "skip"), "on_nan")
         if self.loss:
             known(self.loss, LOSSES, "loss")
         if self.length is not None:
@@ -522,7 +516,8 @@ def train_predictor(
     samples, columns = list(samples), predictor.columns()
     if recipe.by_layer and not predictor.pooled:
         raise ValueError(
-            f"{type(predictor).__name__} has weights for each layer and cannot learn from one layer at a time: by_layer must be False"
+            f"{type(predictor).__name__} has weights for each layer and cannot learn from one layer at a time: "
+            "by_layer must be False"
         )
     if recipe.loss:
         predictor.loss_name = recipe.loss
@@ -555,7 +550,8 @@ def train_predictor(
                 if not loss.isfinite():
                     if recipe.on_nan == "error":
                         raise FloatingPointError(
-                            f"the loss is {float(loss.detach())} at step {step}, epoch {epoch + 1}: lower lr (now {recipe.lr:g}), or look for damaged hidden states"
+                            f"the loss is {float(loss.detach())} at step {step}, epoch {epoch + 1}: lower lr (now "
+                            f"{recipe.lr:g}), or look for damaged hidden states"
                         )
                     log["skipped"] += 1
                     continue

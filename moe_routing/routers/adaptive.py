@@ -72,14 +72,10 @@ class Threshold(Selector):
 class EntropyBands(Selector):
     "A number of experts read from a table by the token's own largest probability."
 
-    limits: tuple[float, ...] = (
-        0.7,
-        0.5,
-        0.3,
-    )  # falling; the first one that the largest probability exceeds names the band
-    ks: tuple[int, ...] | None = (
-        None  # experts in each band and below the last limit; None: k/2, k, 2k, 4k of the model's own k, at most E
-    )
+    # falling; the first limit that the largest probability exceeds names the band
+    limits: tuple[float, ...] = (0.7, 0.5, 0.3)
+    # experts in each band and below the last limit; None: k/2, k, 2k, 4k of the model's own k, at most E
+    ks: tuple[int, ...] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -117,8 +113,8 @@ def _sample(logits: Tensor, target_k: float, min_k: int, max_k: int | None) -> t
 def calibrate_top_p(
     logits: Tensor,  # (T, L, E) or (T, E) calibration logits, valid rows only
     target_k: float,  # mean experts per token and layer
-    min_k: int = 1,
-    max_k: int | None = None,  # as in the rule
+    min_k: int = 1,  # fewest experts, as in the rule
+    max_k: int | None = None,  # most experts, as in the rule; None: all
 ) -> float:  # p
     "The p with which `TopP` uses `target_k` experts on average over the calibration logits, as near as ties allow."
     probs, max_k, wanted = _sample(logits, target_k, min_k, max_k)
@@ -132,10 +128,10 @@ def calibrate_top_p(
 def calibrate_threshold(
     logits: Tensor,  # (T, L, E) or (T, E) calibration logits, valid rows only
     target_k: float,  # mean experts per token and layer
-    min_k: int = 1,
-    max_k: int | None = None,  # as in the rule
+    min_k: int = 1,  # fewest experts, as in the rule
+    max_k: int | None = None,  # most experts, as in the rule; None: all
 ) -> float:  # threshold
-    "The threshold with which `Threshold` uses `target_k` experts on average over the calibration logits, as near as ties allow."
+    "The bar with which `Threshold` uses `target_k` experts on average over the calibration logits, but for ties."
     probs, max_k, wanted = _sample(logits, target_k, min_k, max_k)
     heights = probs[:, min_k:max_k].flatten().sort(descending=True).values
     if wanted:

@@ -211,10 +211,8 @@ class LossFreeRouter(Steered):
     ):
         super().__init__(rule, hidden_size, num_experts, k, eval_rule, losses)
         self.u = in_range(u, 0, float("inf"), "u", open_low=True, open_high=True)
-        self.score_name, self.form = (
-            known(score, SCORES, "score"),
-            known(form, ("sign", "magnitude"), "form of the update"),
-        )
+        self.score_name = known(score, SCORES, "score")
+        self.form = known(form, ("sign", "magnitude"), "form of the update")
         self.decay = None if decay is None else in_range(decay, 0, float("inf"), "decay", open_low=True)
         self.register_buffer("bias", torch.zeros(num_experts))
 
@@ -273,10 +271,8 @@ class QuantileRouter(Steered):
         score: str = "logits",  # what is ranked: a name in SCORES
     ):
         super().__init__(rule, hidden_size, num_experts, k, eval_rule, losses)
-        self.horizon, self.iterations = (
-            in_range(horizon, 1, float("inf"), "horizon"),
-            in_range(iterations, 1, float("inf"), "iterations"),
-        )
+        self.horizon = in_range(horizon, 1, float("inf"), "horizon")
+        self.iterations = in_range(iterations, 1, float("inf"), "iterations")
         self.score_name = known(score, SCORES, "score")
         self.register_buffer("beta", torch.zeros(num_experts))
 

@@ -293,11 +293,9 @@ def leak_bits(
     run: int = 32,  # rows that are redrawn together
 ) -> float:  # bits a token; exactly 0 for a causal rule
     "What a token's set of experts says about later tokens, given all earlier ones: its entropy when the future is drawn anew."
-    (
-        in_range(whole(draws, "draws"), 2, float("inf"), "draws"),
-        in_range(whole(cuts, "cuts"), 1, float("inf"), "cuts"),
-        in_range(whole(run, "run"), 1, float("inf"), "run"),
-    )
+    in_range(whole(draws, "draws"), 2, float("inf"), "draws")
+    in_range(whole(cuts, "cuts"), 1, float("inf"), "cuts")
+    in_range(whole(run, "run"), 1, float("inf"), "run")
     view, generator = as_view(gate, getattr(rule, "k", None), context), generator or torch.Generator().manual_seed(0)
     view = replace(
         view,

@@ -101,10 +101,8 @@ def osr_plan(
     valid: Tensor | None = None,  # (T,) bool
 ) -> Tensor:  # (T, E) float32, log of the plan, rows of sum 1
     "The logarithm of the balanced plan, with its gradient. Raises ValueError for epsilon <= 0 or iterations < 1."
-    (
-        in_range(epsilon, 0, float("inf"), "sinkhorn_epsilon", open_low=True, open_high=True),
-        in_range(whole(iterations, "sinkhorn_iterations"), 1, float("inf"), "sinkhorn_iterations"),
-    )
+    in_range(epsilon, 0, float("inf"), "sinkhorn_epsilon", open_low=True, open_high=True)
+    in_range(whole(iterations, "sinkhorn_iterations"), 1, float("inf"), "sinkhorn_iterations")
     if valid is not None and not valid.all():  # padding takes no part, and its gradient is exactly 0
         out = scores.new_full(scores.shape, float("-inf"), dtype=torch.float32)
         return (
@@ -127,12 +125,10 @@ def quota_as_shipped(
     capacity: int,
 ) -> tuple[Tensor, Tensor]:  # experts (T, k), fallback (T,) bool
     "The shipped selection: k rounds, room checked at the start of a round, a full expert as last resort."
-    room, taken, fallback, out = (
-        torch.full((P.shape[1],), capacity, device=P.device),
-        torch.zeros_like(P, dtype=torch.bool),
-        torch.zeros(len(P), dtype=torch.bool, device=P.device),
-        [],
-    )
+    room = torch.full((P.shape[1],), capacity, device=P.device)
+    taken = torch.zeros_like(P, dtype=torch.bool)
+    fallback = torch.zeros(len(P), dtype=torch.bool, device=P.device)
+    out = []
     for _ in range(k):
         free = P.masked_fill(taken | (room <= 0), float("-inf"))
         none = free.amax(-1) == float("-inf")
@@ -293,10 +289,8 @@ class _Parts(Router):
             ("so_warmup_steps", 1, False),
         ):
             in_range(whole(locals()[name], name), low, float("inf"), name)
-        (
-            in_range(sinkhorn_epsilon, 0, float("inf"), "sinkhorn_epsilon", open_low=True, open_high=True),
-            in_range(ema_alpha, 0, 1, "ema_alpha", open_high=True),
-        )
+        in_range(sinkhorn_epsilon, 0, float("inf"), "sinkhorn_epsilon", open_low=True, open_high=True)
+        in_range(ema_alpha, 0, 1, "ema_alpha", open_high=True)
         for name in (
             "osr_repulsion_weight",
             "osr_saturation_weight",
@@ -345,18 +339,15 @@ class _Parts(Router):
         "Draw the parameters: inputs Xavier uniform, recurrent and projector orthogonal."
         new = lambda *shape: nn.Parameter(torch.empty(*shape))
         if self.use_gru:
-            self.input_weight, self.input_bias, self.state_weight, self.state_bias = (
-                new(3, E, R, H),
-                new(3, E, R),
-                new(3, E, R, E, R),
-                new(3, E, R),
-            )
+            self.input_weight = new(3, E, R, H)
+            self.input_bias = new(3, E, R)
+            self.state_weight = new(3, E, R, E, R)
+            self.state_bias = new(3, E, R)
             for i in range(3):
-                (
-                    nn.init.xavier_uniform_(self.input_weight[i].data.view(E * R, H)),
-                    nn.init.orthogonal_(self.state_weight[i].data.view(E * R, E * R)),
-                )
-            nn.init.zeros_(self.input_bias), nn.init.zeros_(self.state_bias)
+                nn.init.xavier_uniform_(self.input_weight[i].data.view(E * R, H))
+                nn.init.orthogonal_(self.state_weight[i].data.view(E * R, E * R))
+            nn.init.zeros_(self.input_bias)
+            nn.init.zeros_(self.state_bias)
         else:
             self.linear_weight = new(E, R, H)
             nn.init.xavier_uniform_(self.linear_weight.data.view(E * R, H))

@@ -112,9 +112,8 @@ def _one(view, experts):
     return (experts < view.num_experts).float()
 
 # %% ../../nbs/10_routers.topk.ipynb #c534ced3
-WEIGHTS: dict[
-    str, Callable[[GateView, Tensor], Tensor]
-] = {  # name -> f(view, experts (T, K)) -> weights (T, K), 0 in unused slots
+# name -> f(view, experts (T, K)) -> weights (T, K), 0 in unused slots
+WEIGHTS: dict[str, Callable[[GateView, Tensor], Tensor]] = {
     "native": _native,  # the model's own weight for any set of experts
     "renorm": _renorm,  # native, scaled to sum 1
     "mass": _mass,  # native, scaled to the sum of the model's own top-k
@@ -161,9 +160,8 @@ def check_counts(min_k: int, max_k: int | None, num_experts: int | None = None):
     if max_k is None:
         return
     if max_k < min_k:
-        raise ValueError(
-            f"min_k = {min_k} is larger than max_k = {max_k}: a token cannot get at least {min_k} and at most {max_k} experts"
-        )
+        least_and_most = f"at least {min_k} and at most {max_k} experts"
+        raise ValueError(f"min_k = {min_k} is larger than max_k = {max_k}: a token cannot get {least_and_most}")
     if num_experts is not None and max_k > num_experts:
         raise ValueError(
             f"max_k = {max_k} is more than the {num_experts} experts of this gate: choose max_k <= {num_experts}"
@@ -181,14 +179,8 @@ class Selector(Rule):
         known(self.weigh, WEIGHTS, "weight convention")
         in_range(self.temperature, 0, float("inf"), "temperature", open_low=True, open_high=True)
 
-    def settle(
-        self,
-        view: GateView,
-        experts: Tensor,  # (T, K) int64, unused slots hold E and come last
-        extras: dict | None = None,
-        width: int | None = None,  # slots of the answer, filled up with unused ones; None: K
-    ) -> Routing:  # slots ordered by weight
-        "Weigh the chosen experts and put the slots in order."
+    def settle(self, view: GateView, experts: Tensor, extras: dict | None = None, width: int | None = None) -> Routing:
+        "Weigh experts (T, K), unused slots last, and put the slots in order; unused ones fill up to `width` slots."
         weights = weigh(view, experts, self.weigh, self.temperature)
         if (weights[:, 1:] > weights[:, :-1]).any():
             experts, weights = order_slots(experts, weights, view.num_experts)
@@ -197,15 +189,9 @@ class Selector(Rule):
             experts, weights = pad(experts, (0, more), value=view.num_experts), pad(weights, (0, more))
         return Routing(view.logits, experts, weights, extras or {})
 
-    def take(
-        self,
-        view: GateView,
-        keys: Tensor,  # (T, E) from `rank_keys`
-        counts: Tensor,  # (T,) experts wanted by each token
-        width: int,  # slots of the answer
-        extras: dict | None = None,
-    ) -> Routing:
-        "The strongest experts of each token, as many as `counts` says; only as many slots are weighed as the widest token uses."
+    def take(self, view: GateView, keys: Tensor, counts: Tensor, width: int, extras: dict | None = None) -> Routing:
+        "The strongest experts by keys (T, E) of `rank_keys`, as many as counts (T,) say, in `width` slots."
+        # no more slots are weighed than the widest token uses
         widest = int(counts.max()) if len(counts) else 1
         return self.settle(view, chosen(keys, min(widest, width), counts), extras, width)
 
@@ -230,6 +216,7 @@ class TopK(Selector):
         in_range(self.jitter, 0, float("inf"), "jitter", open_high=True)
 
     def decide(self, view: GateView) -> Routing:
+        "The decision for one view."
         k = view.k if self.k is None else in_range(self.k, 1, view.num_experts, "k of top-k among this gate's experts")
         scores = view.choice
         if self.jitter:

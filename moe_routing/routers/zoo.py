@@ -60,10 +60,8 @@ class Row:
     exempt: dict[str, str] = field(default_factory=dict)  # names in CONTRACTS -> why the row cannot keep it
 
     def __post_init__(self):
-        (
-            known(self.group, GROUPS, "group of routers"),
-            known(self.capacity, ("limit", "budget", "both", "never"), "meaning of a capacity factor"),
-        )
+        known(self.group, GROUPS, "group of routers")
+        known(self.capacity, ("limit", "budget", "both", "never"), "meaning of a capacity factor")
 
     @property
     def parameters(self) -> list[str]:
@@ -509,10 +507,8 @@ def make_router(
     )
 
 # %% ../../nbs/19_routers.zoo.ipynb #c69f37ce
-_H, _E = (
-    16,
-    8,
-)  # of the routers that are examined; H and E differ, so that a tensor's first axis tells whether it belongs to experts
+_H = 16
+_E = 8  # of the routers that are examined; H and E differ, so that a tensor's first axis tells whether it belongs to experts
 
 
 def example_router(
@@ -529,7 +525,8 @@ def example_router(
         torch.manual_seed(seed)
         router = make_router(row, _H, _E, **given)
     for _ in range(3):
-        router(torch.randn(64, _H, generator=generator), example_context(4, 16)), router.steer()
+        router(torch.randn(64, _H, generator=generator), example_context(4, 16))
+        router.steer()
     return router.eval()
 
 # %% ../../nbs/19_routers.zoo.ipynb #827c3feb
@@ -699,10 +696,8 @@ def _others(router, before, hidden, ids, valid, new):
     for b in range(len(valid)):
         h, i = new[0].clone(), new[1].clone()
         h[b], i[b] = hidden[b], ids[b]
-        changed, lone = (
-            _decide(router, h, i, valid)[b],
-            _decide(router, hidden[b : b + 1], ids[b : b + 1], valid[b : b + 1])[0],
-        )
+        changed = _decide(router, h, i, valid)[b]
+        lone = _decide(router, hidden[b : b + 1], ids[b : b + 1], valid[b : b + 1])[0]
         if any(_moved(x[valid[b]], before[b][valid[b]]) for x in (changed, lone)):
             return True
     return False

@@ -36,7 +36,7 @@ def run_template(
     show: bool = False,  # pass the notebook's progress bars on to this terminal
 ) -> dict:  # the record, as written to run.json
     """Execute one template and leave run.json and run.ipynb.
-    RuntimeError, with the notebook's error, after a failure was recorded; ValueError for a parameter that is not known."""
+    RuntimeError, with the notebook's error, after a failure was recorded; ValueError for an unknown parameter."""
     root = Path(root or find_root())
     path, settings = template_path(template, root), load_settings(root)
     parameters = resolve_parameters(path, parameters or {})
@@ -59,7 +59,8 @@ def run_template(
 
 # %% ../../nbs/69_runs.run.ipynb #8632dca2
 def _execute(path: Path, folder: Path, parameters: dict, root: Path, show: bool) -> str | None:
-    "Execute a notebook in a kernel of its own; the error that stopped it, or None. A kernel that never started is tried once more."
+    """Execute a notebook in a kernel of its own; the error that stopped it, or None. A kernel that never started is
+    tried once more."""
     import papermill as pm
 
     end_process(read_json(folder / "kernel.json"), str(folder))
@@ -68,6 +69,7 @@ def _execute(path: Path, folder: Path, parameters: dict, root: Path, show: bool)
         (folder / name).unlink(missing_ok=True)
     paths = [str(package_folder().parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # bars of a kernel without widgets are text
     options = {
         "kernel_name": "python3",
         "progress_bar": False,
@@ -132,7 +134,8 @@ def _code_cells(path: Path) -> list[tuple[list[str], str]]:  # (tags, source) of
 def template_parameters(
     path: Path,  # a notebook
 ) -> dict:  # name -> default
-    "The parameters of a template with their defaults; ValueError when the tagged cell is missing or holds more than literals."
+    """The parameters of a template with their defaults; ValueError when the tagged cell is missing or holds more than
+    literals."""
     cells = [source for tags, source in _code_cells(path) if "parameters" in tags]
     if len(cells) != 1:
         raise ValueError(f"{path}: a template has exactly one cell tagged 'parameters', this one has {len(cells)}")
@@ -144,7 +147,8 @@ def template_parameters(
             found[node.targets[0].id] = ast.literal_eval(node.value)
         except (AttributeError, ValueError):
             raise ValueError(
-                f"{path}: line {node.lineno} of the parameters cell is not `name = literal`: papermill could not override it"
+                f"{path}: line {node.lineno} of the parameters cell is not `name = literal`: "
+                "papermill could not override it"
             ) from None
     return found
 
@@ -152,7 +156,8 @@ def template_parameters(
 def template_protocol(
     path: Path,  # a notebook
 ) -> int:
-    "The protocol that a template states as `protocol = N`; 1 where it states none. A record of an older protocol is stale."
+    """The protocol that a template states as `protocol = N`; 1 where it states none. A record of an older protocol is
+    stale."""
     stated = [m for _, source in _code_cells(path) for m in re.findall(r"^protocol = (\d+)", source, re.M)]
     return int(stated[0]) if stated else 1
 
@@ -164,7 +169,8 @@ def typed(
     value,  # as a person wrote it
     default,  # of the template
 ):
-    "A value in the type of its default; TypeError when it is none. None is always allowed, and a default of None allows all."
+    """A value in the type of its default; TypeError when it is none. None is always allowed, and a default of None
+    allows all."""
     kind = type(default)
     if value is None or default is None:
         return value
@@ -194,7 +200,8 @@ def resolve_parameters(
     path: Path,  # template
     given: dict,  # what the study or the user sets
 ) -> dict:  # every parameter of the template, defaults filled in, in the types of the defaults
-    "All parameters of a run. ValueError for one that is not known or not of the default's type (papermill alone would go on)."
+    """All parameters of a run. ValueError for one that is not known or not of the default's type (papermill alone
+    would go on)."""
     defaults, found, name = template_parameters(path), {}, Path(path).stem
     for key, value in given.items():
         if key not in defaults:
@@ -301,26 +308,19 @@ class Run:
         optimizer: str | None = None,  # of a training run
         notes: dict | None = None,  # resolved names: data source, model fingerprint, null, ...
     ) -> dict:
-        "Hand the result over; it becomes part of run.json. Returns it. What is not finite becomes None: JSON has no NaN."
-        self.result = finite(
-            {
-                "metrics": metrics,
-                "documents": documents or {},
-                "tokens_per_s": tokens_per_s,
-                "optimizer": optimizer,
-                "notes": notes or {},
-                "files": sorted(map(str, files or [])),
-                "kernel_seconds": round(time.time() - self.start, 3),
-                **machine_facts(),
-            }
-        )
+        """Hand the result over; it becomes part of run.json. Returns it. What is not finite becomes None: JSON has no
+        NaN."""
+        result = {"metrics": metrics, "documents": documents or {}, "tokens_per_s": tokens_per_s}
+        result |= {"optimizer": optimizer, "notes": notes or {}, "files": sorted(map(str, files or []))}
+        self.result = finite({**result, "kernel_seconds": round(time.time() - self.start, 3), **machine_facts()})
         if self.folder:
             write_atomic(self.folder / "result.json", json.dumps(self.result))
         return self.result
 
 # %% ../../nbs/69_runs.run.ipynb #d6060a68
 def machine_facts() -> dict:
-    "Peak memory in MB, devices, threads and versions of this process. A template that did not need torch has no devices."
+    """Peak memory in MB, devices, threads and versions of this process. A template that did not need torch has no
+    devices."""
     import resource
     from importlib.metadata import PackageNotFoundError, version
 
@@ -381,7 +381,8 @@ def process_identity(pid: int | None = None) -> dict:
 
 
 def living(who: dict | None):
-    "The recorded process if it still runs, else None. Clocks are read to two seconds: they may have been set meanwhile."
+    """The recorded process if it still runs, else None. Clocks are read to two seconds: they may have been set
+    meanwhile."""
     import psutil
 
     try:

@@ -69,13 +69,13 @@ class Plan:
         return [str(self.folder / name / "finished") for name in self.runs]
 
 # %% ../../nbs/70_runs.study.ipynb #18c0018f
-STEERING = ("only", "start_from", "continue_on_error")  # overrides that choose what is run, not how
+# overrides that choose what is run, not how: a group, the first group, forget what comes after what
+STEERING = ("only", "start_from", "continue_on_error")
 
 
 def plan_study(
     name: str,  # a file papermill_runs/studies/<name>.yaml, or a path to one
-    overrides: dict
-    | None = None,  # parameters that replace those of `base`; only, start_from: a group; continue_on_error: forget what comes after what
+    overrides: dict | None = None,  # parameters in place of those of `base`, and those of STEERING
     root: Path | None = None,  # of the repository
 ) -> Plan:
     "Read a study and lay out its runs. ValueError for parameters that are unknown or ill typed, before anything runs."
@@ -105,7 +105,8 @@ def _points(study: Study, overrides: dict, root: Path) -> list[dict]:
 
 
 def _known_to(study: Study, group: str, point: dict, overrides: dict, root: Path) -> dict:
-    "The parameters of a point that its template takes. What a group sets itself must be known; what all groups share may be meant for the others."
+    """The parameters of a point that its template takes. What a group sets itself must be known; what all groups share
+    may be meant for the others."""
     wanted, plan = template_parameters(template_path(study.template_of(group), root)), study.groups[group]
     listed = [*plan.get("list", []), *plan.get("each", [])]
     own = {*plan.get("base", {}), *plan.get("grid", {}), *(k for p in listed for k in p)}
@@ -122,7 +123,8 @@ def _all_used(study: Study, overrides: dict, root: Path) -> None:
 
 # %% ../../nbs/70_runs.study.ipynb #5d5bbd24
 def _run_names(study: Study, points: list[dict], settings, root: Path) -> list[str]:
-    "Readable and unique: the values that differ between the runs, and six digits of the id; or the name that a group fixes."
+    """Readable and unique: the values that differ between the runs, and six digits of the id; or the name that a group
+    fixes."""
     keys = [k for k in dict.fromkeys(k for p in points for k in p) if k != "group"]
     varied = [k for k in keys if len({json.dumps(p.get(k), sort_keys=True) for p in points}) > 1]
     fixed, names, paths = [study.groups[p["group"]].get("name") for p in points], [], {}
@@ -219,7 +221,8 @@ def is_stale(
     record: dict,  # of a run
     root: Path | None = None,  # of the repository
 ) -> bool:
-    "Was a result made by an older protocol of its template, by a template that is gone, or on another model than today's?"
+    """Was a result made by an older protocol of its template, by a template that is gone, or on another model than
+    today's?"""
     try:
         protocol = template_protocol(template_path(record["template"], root))
     except ValueError:
@@ -227,7 +230,7 @@ def is_stale(
     expected = expected_model(record["parameters"])
     return record.get("protocol", 1) < protocol or (expected is not None and made_on(record) not in (expected, None))
 
-
+# %% ../../nbs/70_runs.study.ipynb #73591c24
 def study_status(
     plan: Plan,
     root: Path | None = None,
@@ -251,7 +254,7 @@ def load_runs(
     stale: bool = False,  # also give stale runs?
     root: Path | None = None,  # repository whose templates count as today's
 ):  # pandas DataFrame
-    """One row a finished run: parameters, metrics and the main facts of its record; columns of documents in `documents`.
+    """One row a finished run: parameters, metrics, the main facts of its record, `documents` and `notes`.
     ValueError where rows rest on two fingerprints of one model: they may not stand in one table."""
     import pandas as pd
 
@@ -302,7 +305,8 @@ def read_lines(
             missing = [str(e)]
         if missing:
             raise ValueError(
-                f"{file}, line {number}: broken ({missing[0]!r}): `git checkout {Path(file).name}` restores the published file"
+                f"{file}, line {number}: broken ({missing[0]!r}): "
+                f"`git checkout {Path(file).name}` restores the published file"
             )
     return found
 
@@ -339,7 +343,8 @@ def publish(
     plan: Plan,
     root: Path | None = None,
 ) -> Path:  # papermill_runs/<study>
-    "Write the finished runs of a plan as the published record; ValueError unless all are finished, of one model, from a clean tree."
+    """Write the finished runs of a plan as the published record; ValueError unless all are finished, of one model,
+    from a clean tree."""
     root = Path(root or find_root())
     records = [r for r in read_records(plan.folder) if r["run"] in [*plan.runs, "prepare"]]
     load_runs(plan.folder, root=root)  # refuses two models
@@ -404,7 +409,8 @@ def reproduce(
     root: Path | None = None,
     say=print,
 ) -> dict[str, list[str]]:  # run -> where today's result differs from the record by more than .1 %
-    "Repeat a sample of a published study by today's code and say how far it is from the record. ValueError for a bad share."
+    """Repeat a sample of a published study by today's code and say how far it is from the record. ValueError for a bad
+    share."""
     if not 0 < share <= 1:
         raise ValueError(f"share = {share} is outside (0, 1]: .1 repeats a tenth of the runs")
     root = Path(root or find_root())
@@ -429,7 +435,8 @@ def recover(
     root: Path | None = None,
     fresh: bool = True,  # do stale runs again
 ) -> dict[str, list[str]]:  # state -> names of runs
-    "Make a study safe to start: end survivors, clear the lock of a dead owner, drop markers that no longer hold. RuntimeError when it is running."
+    """Make a study safe to start: end survivors, clear the lock of a dead owner, drop markers that no longer hold.
+    RuntimeError when it is running."""
     root = Path(root or find_root())
     owner_file = _refuse_if_running(plan, root)
     write_atomic(owner_file, json.dumps({**process_identity(), "since": time.time()}))
@@ -455,21 +462,23 @@ def _steering(root: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-
+# %% ../../nbs/70_runs.study.ipynb #e4fb89a9
 def _refuse_if_running(plan: Plan, root: Path) -> Path:
     "The file that names the process which steers a study; RuntimeError when that process lives."
     file = _steering(root) / f"{plan.folder.name}.json"
     owner = read_json(file)
     if living(owner) and owner["pid"] != os.getpid():
         raise RuntimeError(
-            f"study {plan.folder.name} is being run by process {owner['pid']}: wait for it, watch it with `make status`, or stop it first"
+            f"study {plan.folder.name} is being run by process {owner['pid']}: "
+            "wait for it, watch it with `make status`, or stop it first"
         )
     return file
 
 # %% ../../nbs/70_runs.study.ipynb #48f3b084
 @contextmanager
 def _some_gpus(root: Path, number: int = 1):
-    "Hold so many GPUs of this machine, or all there are, for as long as this process lives; without GPUs there is nothing to hold. On a cluster the folder of the locks is shared, the GPUs are not."
+    """Hold so many GPUs of this machine, or all there are, for as long as this process lives; without GPUs there is
+    nothing to hold. On a cluster the folder of the locks is shared, the GPUs are not."""
     gpus = visible_gpus() if load_settings(root).device in ("auto", "cuda") else []
     while gpus:
         with ExitStack() as held:
@@ -508,7 +517,8 @@ def execute(
     root: Path | None = None,
     threads: int = 1,  # this process may compute with
 ) -> dict:  # its record
-    "Do one run of a study, alone on its GPU, and mark it finished. Used by the Snakefile; a finished run is not repeated."
+    """Do one run of a study, alone on its GPU, and mark it finished. Used by the Snakefile; a finished run is not
+    repeated."""
     root = Path(root or find_root())
     folder = plan.folder / name
     for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -531,13 +541,20 @@ def execute(
     return record
 
 # %% ../../nbs/70_runs.study.ipynb #a20d2b23
+_QUIET = ("--quiet", "all")  # our own lines say what is done
+
+
+_QUIET = ("--quiet", "all")  # our own lines say what is done
+
+
 def run_study(
     name: str,  # study
     overrides: dict | None = None,
     cores: int | None = None,  # default: all
     more: list[str] | None = None,  # further arguments for snakemake
 ) -> int:  # 0 when all is done
-    "Run a study with Snakemake, then say where the report lies, how the runs compare with the published ones, or what failed."
+    """Run a study with Snakemake, then say where the report lies, how the runs compare with the published ones, or
+    what failed."""
     root = find_root()
     plan, more = plan_study(name, overrides, root), more or []
     _refuse_if_running(plan, root)
@@ -545,16 +562,7 @@ def run_study(
     # packed, because Snakemake would make text of the numbers in a list
     packed = ["--config", f"packed={b64encode(json.dumps(config).encode()).decode()}"] if config else []
     command = [sys.executable, "-m", "snakemake", "-s", str(root / "papermill_runs" / "Snakefile")]
-    command += [
-        "--cores",
-        str(cores or os.cpu_count()),
-        "--quiet",
-        "rules",
-        "progress",
-        plan.study.name,
-        *more,
-        *packed,
-    ]
+    command += ["--cores", str(cores or os.cpu_count()), plan.study.name, *_QUIET, *more, *packed]
     dry = "--dry-run" in more
     log = plan.folder / plan.study.log if plan.study.log and not dry else None
     code = _shown_and_kept(command, root, log, f"{plan.study.name} {config and overrides or ''}")
@@ -562,7 +570,7 @@ def run_study(
         _closing(plan, root, code)
     return code
 
-
+# %% ../../nbs/70_runs.study.ipynb #73334df7
 def _closing(plan: Plan, root: Path, code: int) -> None:
     "The last lines of a study: what is finished, what failed, where the report lies."
     states = study_status(plan, root)
@@ -578,7 +586,8 @@ def _closing(plan: Plan, root: Path, code: int) -> None:
 
 # %% ../../nbs/70_runs.study.ipynb #3068fdef
 def _shown_and_kept(command: list[str], root: Path, log: Path | None, what: str = "") -> int:
-    "Run a command; what it prints is shown, and added to a log with the time where one is wanted, without the folder it lies in."
+    """Run a command; what it prints is shown, and added to a log with the time where one is wanted, without the folder
+    it lies in."""
     if log is None:
         return subprocess.run(command, cwd=root).returncode
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -620,7 +629,8 @@ def draw_plan(
     plan: Plan,
     file: str | Path,  # .png, .svg or .pdf
 ) -> Path:
-    "A picture of what follows what in a study: a box a run, an arrow from what must be finished before. Of more than 12 runs that wait for none, their groups are shown."
+    """A picture of what follows what in a study: a box a run, an arrow from what must be finished before. Of more than
+    12 runs that wait for none, their groups are shown."""
     import matplotlib.pyplot as plt
 
     many = not plan.after and len(plan.runs) > 12
@@ -660,16 +670,22 @@ def golden_cases(
     root: Path | None = None,
 ) -> dict[str, tuple[str, dict]]:  # name of the case -> template, what differs from its defaults
     "The smoke runs whose results are remembered."
-    from moe_routing.routers.zoo import ROUTERS
+    from moe_routing.routers.zoo import ROUTERS, Router
 
     root = Path(root or find_root())
-    cases = {f.stem: (f.stem, {}) for f in sorted((root / "nbs" / "runs").glob("*.ipynb"))}
-    for router, row in ROUTERS.items():
-        if row.trainable:
-            cases[f"train_router {router}"] = ("train_router", {"router": router})
-        else:
-            cases[f"evaluate_router {router}"] = ("evaluate_router", {"router": router})
+    templates = [f.stem for f in sorted((root / "nbs" / "runs").glob("*.ipynb"))]
+    # a benchmark is about speed, which nothing can be compared with
+    cases = {name: (name, {}) for name in templates if not name.startswith("bench_")}
+    for name, row in ROUTERS.items():
+        cases[f"train_router {name}"] = ("train_router", {"router": name, **_BRIEF})
+        if row.router is Router and row.chooses in ("token", "nobody"):  # rules that a pretrained gate can take
+            known = template_parameters(template_path("evaluate_router", root))
+            given = {k: v for k, v in row.example.items() if k in known}
+            cases[f"evaluate_router {name}"] = ("evaluate_router", {"router": name, **given, "second_run_samples": 0})
     return cases
+
+
+_BRIEF = {"steps": 4, "eval_every": 2, "windows": 8}
 
 
 def golden_result(
@@ -680,7 +696,7 @@ def golden_result(
     "What is remembered of a smoke run."
     return {k: v for k, v in smoke(template, parameters, root)["metrics"].items() if not TIMED.search(k)}
 
-
+# %% ../../nbs/70_runs.study.ipynb #ff58d2b7
 def write_golden(
     only: list[str] | None = None,  # cases to do again; default: all
     root: Path | None = None,

@@ -35,7 +35,8 @@ def calibration_trace(
     cache_dir: Path | None = None,  # default: cache_dir of settings.ini
 ) -> Trace:
     "The model's own logits on calibration texts, recorded once and found again by the fingerprint of the model and the hash of the texts."
-    in_range(texts, 1, 10**6, "calibration texts"), in_range(max_length, 2, 10**6, "max_length")
+    in_range(texts, 1, 10**6, "calibration texts")
+    in_range(max_length, 2, 10**6, "max_length")
     rows = load_calibration(source, limit=texts)
     name = hashlib.sha256("\0".join(r["text"] for r in rows).encode()).hexdigest()[:8]
     folder = (
@@ -89,7 +90,9 @@ def resolve_source(
     source: str,  # embedded, local, hub or auto
     model: str,  # name of the model
 ) -> str:
-    "Where a model's texts come from: auto means the embedded world for the tiny model, and for others a local copy if there is one, else the hub."
+    """Where a model's texts come from.
+
+    Auto means the embedded world for the tiny model, and for others a local copy if there is one, else the hub."""
     known(source, SOURCES, "data")
     return "embedded" if source == "auto" and model == "tiny" else source
 

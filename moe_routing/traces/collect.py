@@ -76,7 +76,8 @@ def _look(
             break
     if not found:
         raise ValueError(
-            f"data set {name!r} has no usable text: {short} texts are empty or have at most {shortest} characters; lower min_characters or choose other data sets"
+            f"data set {name!r} has no usable text: {short} texts are empty or have at most {shortest} characters; "
+            "lower min_characters or choose other data sets"
         )
     return sum(lengths) / len(lengths), found
 
@@ -126,7 +127,9 @@ def collect(
     settings=None,
     **options,  # of Recorder: hidden_layers, hidden_dtype
 ) -> Trace:
-    "Record the model's own routing on equal numbers of texts of several data sets. ValueError for texts that are missing, OSError before it starts when the disk is too small."
+    """Record the model's own routing on equal numbers of texts of several data sets.
+
+    ValueError for texts that are missing, OSError before it starts when the disk is too small."""
     from tqdm.auto import tqdm
 
     for name, value in dict(traces=traces, batch=batch, shard=shard, buffer=buffer).items():
@@ -148,7 +151,8 @@ def collect(
     )
     if (least := min(found)) < each * batch:
         raise ValueError(
-            f"data set {names[found.index(least)]!r} has {least} texts of at least {min_characters} characters, {each * batch} are needed: collect at most "
+            f"data set {names[found.index(least)]!r} has {least} texts of at least {min_characters} characters, "
+            f"{each * batch} are needed: collect at most "
             f"traces = {least // batch * L * len(names)}, name another split, or choose other data sets"
         )
     about = {
@@ -172,7 +176,8 @@ def collect(
     _fits(
         folder,
         1.05 * need,
-        "free space, collect fewer traces, keep fewer hidden_layers, store them in a narrower hidden_dtype, or choose another folder",
+        "free space, collect fewer traces, keep fewer hidden_layers, store them in a narrower hidden_dtype, or "
+        "choose another folder",
     )
     recorder.head["estimate"] = {
         "tokens": tokens,
@@ -207,7 +212,8 @@ def collect(
             )
             heard += int(mask.sum())
             bar.set_postfix_str(
-                f"{heard / (perf_counter() - begin):.0f} tokens/s, {sum(s.get('bytes', 0) for s in recorder.head['shards']) / 2**20:.0f} MB",
+                f"{heard / (perf_counter() - begin):.0f} tokens/s, "
+                f"{sum(s.get('bytes', 0) for s in recorder.head['shards']) / 2**20:.0f} MB",
                 refresh=False,
             )
             bar.update()
@@ -234,7 +240,9 @@ def config_name(
     level: float | None = None,  # alpha of BH; another rule's own level
     suffix: str = "",  # e.g. the weight convention when it is not native
 ) -> str:
-    """The seed's name of a configuration: 8experts_topk_baseline, 8experts_bh_a030. Rounds, where the seed cut off: int(.29 * 100) is 28.
+    """The seed's name of a configuration: 8experts_topk_baseline, 8experts_bh_a030.
+
+    Rounds, where the seed cut off: int(.29 * 100) is 28.
     A level between whole percents is written out, so that two levels never share a name: 8experts_bh_a0p125."""
     if strategy == "topk":
         body = f"{k_or_max_k}experts_topk_baseline"
@@ -247,7 +255,9 @@ def config_name(
 
 # %% ../../nbs/58_traces.collect.ipynb #c79b9b86
 def _layer_log(layer: int, routing: Routing, ceiling: int, floor: int, p_values) -> dict:
-    "One layer of one sample, under the seed's keys. Two slots of the same token are never swapped: weights come flat, in slot order."
+    """One layer of one sample, under the seed's keys.
+
+    Two slots of the same token are never swapped: weights come flat, in slot order."""
     counts = routing.counts
     width = max(int(counts.max()), 1)
     ids = routing.experts[:, :width]
@@ -272,7 +282,9 @@ def estimate_log_bytes(
     trace: Trace,  # to be written out
     internal_samples: int | None = None,  # None: all
 ) -> int:  # bytes, an upper estimate
-    "How large the internal routing file will be: about 13 characters a used slot, 9 a shown logit and p-value, 6 a token and layer of aggregates."
+    """How large the internal routing file will be.
+
+    About 13 characters a used slot, 9 a shown logit and p-value, 6 a token and layer of aggregates."""
     head = trace.head
     share = 1 if internal_samples is None else min(1, internal_samples / max(head["samples"], 1))
     slots = sum(c["experts"].numel() for c in trace.columns(("experts",)))
@@ -307,7 +319,8 @@ def write_logs(
     need, free = estimate_log_bytes(trace, internal_samples), shutil.disk_usage(folder).free
     if need > free:
         raise OSError(
-            f"{config}_{dataset}_internal_routing.json needs about {need / 2**20:.0f} MB, {folder} has {free / 2**20:.0f} MB free: "
+            f"{config}_{dataset}_internal_routing.json needs about {need / 2**20:.0f} MB, {folder} has "
+            f"{free / 2**20:.0f} MB free: "
             f"lower internal_samples (now {internal_samples}) or free space"
         )
     head = {
@@ -378,7 +391,8 @@ def write_logs(
     except OSError as e:
         raise OSError(
             e.errno,
-            f"could not write {files[1]}: {e.strerror}; free space or lower internal_samples (now {internal_samples}) and start again, the trace is kept",
+            f"could not write {files[1]}: {e.strerror}; free space or lower internal_samples (now "
+            f"{internal_samples}) and start again, the trace is kept",
         ) from e
     finally:
         for part in parts:

@@ -239,7 +239,8 @@ def _wandb_run(path: str) -> list[dict]:
             ) from None
         if any(w in said.lower() for w in ("could not find", "not found", "404", "permission denied")):
             raise FileNotFoundError(
-                f"W&B run {path!r} was not found ({said}): give entity/project/run_id as in the address of the run's page, {offline}"
+                f"W&B run {path!r} was not found ({said}): give entity/project/run_id as in the address of the run's "
+                f"page, {offline}"
             ) from None
         raise ConnectionError(
             f"W&B run {path!r} could not be read ({said}): connect to the network, {offline}"
@@ -272,7 +273,8 @@ def _tensorboard(path: Path) -> list[dict]:
     runs = [p for p in places if any(quantity_of(n)[0] for r in rows[p] for n in r if n != "step")]
     if len(runs) > 1:
         raise ValueError(
-            f"{path} holds the events of {len(runs)} runs ({', '.join(p.name for p in runs[:4])}): give the folder of one"
+            f"{path} holds the events of {len(runs)} runs ({', '.join(p.name for p in runs[:4])}): give the folder "
+            "of one"
         )
     return rows[runs[0]] if runs else sum(rows.values(), [])
 
@@ -290,7 +292,9 @@ def _held_out(path: Path, step: int) -> list[dict]:
 
 
 def _run_log(path: Path) -> list[dict]:
-    "The rows of this project's run logs in a folder, or of one of them; a last line that was cut off by a kill is left out."
+    """The rows of this project's run logs in a folder, or of one of them.
+
+    A last line that was cut off by a kill is left out."""
     rows = []
     for file in [path] if path.is_file() else [path / n for n in RUN_LOGS if (path / n).is_file()]:
         try:
@@ -302,7 +306,8 @@ def _run_log(path: Path) -> list[dict]:
                 rows += [json.loads(l) for l in file.read_text().splitlines(keepends=True) if l.endswith("\n")]
         except (ValueError, KeyError) as e:
             raise ValueError(
-                f"{file} is damaged or not a run log ({type(e).__name__}: {e}): copy it again from where the run was made"
+                f"{file} is damaged or not a run log ({type(e).__name__}: {e}): copy it again from where the run was "
+                "made"
             ) from None
         if bad := [r for r in rows if "step" not in r]:
             raise ValueError(f"{file} is not a run log: a row has no 'step' (it has {', '.join(list(bad[0])[:5])})")
@@ -314,18 +319,20 @@ def _one(paths: list[Path], what: str) -> Path:
     real = sorted({p.resolve() for p in paths})
     if len(real) > 1:
         raise ValueError(
-            f"there are {len(real)} {what} ({', '.join(p.parent.name + '/' + p.name for p in real[:4])}): give one of them"
+            f"there are {len(real)} {what} ({', '.join(p.parent.name + '/' + p.name for p in real[:4])}): give one "
+            "of them"
         )
     return real[0]
 
-
+# %% ../../nbs/48_training.logs.ipynb #808f9f03
 def _rows_of(source: str, path: Path) -> tuple[str, list[dict]]:
     "Kind of a log, and its rows."
     if not path.exists():
         if source.startswith("wandb:") or re.fullmatch(r"[\w.-]+/[\w.-]+/[\w.-]+", source):
             return "W&B run", _wandb_run(source.removeprefix("wandb:"))
         raise FileNotFoundError(
-            f"log {source!r} does not exist: give a W&B run (wandb:entity/project/run_id), or a path to a W&B offline run, TensorBoard events or a run folder of this project"
+            f"log {source!r} does not exist: give a W&B run (wandb:entity/project/run_id), or a path to a W&B "
+            "offline run, TensorBoard events or a run folder of this project"
         )
     if path.is_file() and path.suffix in (".jsonl", ".json") and not path.name.startswith("wandb-"):
         return "run log", _run_log(path)
@@ -353,16 +360,21 @@ def read_curves(
     source: str
     | Path,  # wandb:entity/project/run_id; a W&B offline run; TensorBoard events; a run folder of this project; a file of one of these
 ) -> Curves:  # the same table whatever the source
-    "The training curves of a run. FileNotFoundError, PermissionError, ConnectionError, ImportError or ValueError, each naming the source and the way out."
+    """The training curves of a run.
+
+    FileNotFoundError, PermissionError, ConnectionError, ImportError or ValueError, each naming the source and the
+    way out."""
     kind, rows = _rows_of(str(source), Path(source).expanduser())
     if not rows:
         raise ValueError(
-            f"{source} ({kind}) is empty: not one number was logged; a run that has only just begun writes its first ones later"
+            f"{source} ({kind}) is empty: not one number was logged; a run that has only just begun writes its first "
+            "ones later"
         )
     table, unused = curve_table(rows)
     if not len(table):
         raise ValueError(
-            f"{source} ({kind}) holds no CV, MaxVio, loss, auxiliary term or balancing bias under a name that PATTERNS knows; its names are {', '.join(unused[:12])}{' ...' * (len(unused) > 12)}"
+            f"{source} ({kind}) holds no CV, MaxVio, loss, auxiliary term or balancing bias under a name that "
+            f"PATTERNS knows; its names are {', '.join(unused[:12])}{' ...' * (len(unused) > 12)}"
         )
     return Curves(table, str(source), kind, unused)
 

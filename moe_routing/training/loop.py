@@ -76,7 +76,8 @@ def get_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as e:
             raise ValueError(
-                f"tokenizer {name!r} is not char, byte or bpe:SIZE, and transformers cannot load it ({str(e).splitlines()[0]})"
+                f"tokenizer {name!r} is not char, byte or bpe:SIZE, and transformers cannot load it "
+                f"({str(e).splitlines()[0]})"
             ) from e
         if tokenizer.eos_token_id is None:
             raise ValueError(f"tokenizer {name!r} has no end-of-text token: documents could not be told apart")
@@ -137,11 +138,9 @@ def training_text(
     limit: int | None = 20_000,  # documents read from the corpus
 ) -> TrainingText:
     "Load, cut and tokenize a corpus. Raises ValueError when it is too short for one window of each part."
-    (
-        in_range(length, 2, float("inf"), "length"),
-        in_range(windows, 1, float("inf"), "windows"),
-        in_range(characters, 1, float("inf"), "characters"),
-    )
+    in_range(length, 2, float("inf"), "length")
+    in_range(windows, 1, float("inf"), "windows")
+    in_range(characters, 1, float("inf"), "characters")
     train, held = _parts(corpus, source, limit)
     kept, room = [], characters
     for i in torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist():
@@ -162,7 +161,8 @@ def training_text(
     for what, count in (("training", sum(sizes.values())), ("held-out", max(map(len, flat.values()), default=0))):
         if count < length:
             raise ValueError(
-                f"corpus {corpus!r} with tokenizer {tokenizer!r}: its {what} part has {count} tokens, fewer than one window of "
+                f"corpus {corpus!r} with tokenizer {tokenizer!r}: its {what} part has {count} tokens, fewer than one "
+                "window of "
                 f"length = {length}: take a longer text or a smaller length"
             )
     cut = {
@@ -242,15 +242,11 @@ class Recipe:
             in_range(self.capacity_factor, 0, float("inf"), "capacity_factor", open_low=True)
         if self.batch % self.accumulate:
             raise ValueError(f"batch = {self.batch} cannot be cut into accumulate = {self.accumulate} equal parts")
-        (
-            known(self.match, ("compute", "width"), "match"),
-            known(self.mixed_precision, ("no", "bf16", "fp16"), "mixed_precision"),
-        )
+        known(self.match, ("compute", "width"), "match")
+        known(self.mixed_precision, ("no", "bf16", "fp16"), "mixed_precision")
         known(self.experts, ("ragged", "grouped_mm", "eager", "batched_mm"), "experts implementation")
-        (
-            in_range(self.lr, 0, float("inf"), "lr", open_low=True),
-            in_range(self.clip, 0, float("inf"), "clip", open_low=True),
-        )
+        in_range(self.lr, 0, float("inf"), "lr", open_low=True)
+        in_range(self.clip, 0, float("inf"), "clip", open_low=True)
 
 # %% ../../nbs/43_training.loop.ipynb #c83b679c
 def build_router(recipe: Recipe) -> Router:
@@ -292,14 +288,18 @@ def nominal_k(recipe: Recipe) -> float:
 
 # %% ../../nbs/43_training.loop.ipynb #20bdb4b3
 def expert_width(recipe: Recipe, k: float) -> int:
-    "Width of an expert: that of the reference, or what spends the reference's arithmetic, gate included, on the router and `k` experts; a multiple of 8, as grouped products need."
+    """Width of an expert.
+
+    That of the reference, or what spends the reference's arithmetic, gate included, on the router and `k` experts;
+    a multiple of 8, as grouped products need."""
     if recipe.match == "width":
         return recipe.intermediate
     more = _router_flops(recipe) - 2 * recipe.num_experts * recipe.hidden  # than the reference's linear gate
     exact = (recipe.intermediate * recipe.k - more / (6 * recipe.hidden)) / k
     if exact < 4:
         raise ValueError(
-            f"router {recipe.router!r} alone needs {more / (6 * recipe.hidden * recipe.intermediate * recipe.k):.1f} times the arithmetic of the reference's experts: "
+            f"router {recipe.router!r} alone needs {more / (6 * recipe.hidden * recipe.intermediate * recipe.k):.1f} "
+            "times the arithmetic of the reference's experts: "
             "nothing is left for its own; lower router_dim, raise intermediate, or compare at match='width'"
         )
     return 8 * max(1, round(exact / 8))
@@ -378,7 +378,9 @@ def _to_gate(gate: nn.Module, router: Router) -> None:
 
 
 def mount(model: OlmoeForCausalLM, routers: list[Router]) -> None:
-    "Make the routers part of an already patched model, in place of the gates' own weights: one state, one set of parameters."
+    """Make the routers part of an already patched model, in place of the gates' own weights.
+
+    One state, one set of parameters."""
     for i, (layer, router) in enumerate(zip(model.model.layers, routers)):
         layer.mlp.gate.weight = None
         if router in routers[:i]:
@@ -631,7 +633,8 @@ def load_trained(
         model = OlmoeForCausalLM.from_pretrained(folder)
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they do not belong together"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they do not "
+            "belong together"
         )
     tensors = load_file(folder / "routers.safetensors")
     routers = build_routers(recipe)
@@ -732,19 +735,19 @@ class _Steps:
     "The state of a running training, and one step of it."
 
     def __init__(self, recipe: Recipe, accelerator, model, bare, optimizer, patch, meter, batches: Tensor, halve: bool):
-        self.recipe, self.accelerator, self.model, self.bare, self.optimizer, self.patch, self.meter = (
-            recipe,
-            accelerator,
-            model,
-            bare,
-            optimizer,
-            patch,
-            meter,
-        )
+        self.recipe = recipe
+        self.accelerator = accelerator
+        self.model = model
+        self.bare = bare
+        self.optimizer = optimizer
+        self.patch = patch
+        self.meter = meter
         self.batches, self.halve, self.parts = batches, halve, recipe.accumulate
 
     def __call__(self, step: int) -> tuple[float, float]:
-        "Forward, backward, clip, step, steer; returns cross-entropy and auxiliary loss. Halves the micro-batch when memory runs out and that is allowed."
+        """Forward, backward, clip, step, steer; returns cross-entropy and auxiliary loss.
+
+        Halves the micro-batch when memory runs out and that is allowed."""
         from accelerate.utils.memory import should_reduce_batch_size
 
         rows = self.batches[step][self.accelerator.process_index :: self.accelerator.num_processes].to(
@@ -759,7 +762,8 @@ class _Steps:
                 self.optimizer.zero_grad(set_to_none=True)
                 if not self.halve or self.parts >= len(rows):
                     raise RuntimeError(
-                        f"out of memory at step {step} with micro-batches of {-(-len(rows) // self.parts)} x {rows.shape[1]} tokens: lower batch, length or hidden, raise accumulate, "
+                        f"out of memory at step {step} with micro-batches of {-(-len(rows) // self.parts)} x "
+                        f"{rows.shape[1]} tokens: lower batch, length or hidden, raise accumulate, "
                         "or allow halving the micro-batch with on_oom='halve'"
                     ) from e
                 self.parts *= 2
@@ -767,11 +771,9 @@ class _Steps:
                     router.forget()
 
     def _try(self, step: int, rows: Tensor) -> tuple[float, float]:
-        share, parts, sums = (
-            learning_rate_share(step, self.recipe),
-            rows.tensor_split(self.parts),
-            torch.zeros(2, device=rows.device),
-        )
+        share = learning_rate_share(step, self.recipe)
+        parts = rows.tensor_split(self.parts)
+        sums = torch.zeros(2, device=rows.device)
         self.meter.losses = []
         for i, part in enumerate(parts):
             self.patch.forwards = (
@@ -865,11 +867,9 @@ def train(
     cpu: bool | None = None,  # None: as settings.ini says
 ) -> Trained:
     "Train a recipe on a text; goes on from `folder` when a checkpoint of the same recipe lies there."
-    (
-        known(on_oom, ("raise", "halve"), "value of on_oom"),
-        in_range(eval_every, 1, float("inf"), "eval_every"),
-        in_range(save_every, 1, float("inf"), "save_every"),
-    )
+    known(on_oom, ("raise", "halve"), "value of on_oom")
+    in_range(eval_every, 1, float("inf"), "eval_every")
+    in_range(save_every, 1, float("inf"), "save_every")
     marks = {max(1, round(in_range(share, 0, 1, "eval_at", open_low=True) * recipe.steps)): share for share in eval_at}
     folder = Path(folder) if folder else None
     if folder:
@@ -1003,15 +1003,13 @@ def _loop(
         spent += time.perf_counter() - start
         done = step + 1
         if done % eval_every == 0 or done == recipe.steps or done in marks:
-            stats, run = (
-                meter.take(),
-                lambda: evaluate(
-                    accelerator.unwrap_model(steps.model),
-                    steps.patch,
-                    meter,
-                    text.windows,
-                    recipe.batch // accelerator.num_processes,
-                ),
+            stats = meter.take()
+            run = lambda: evaluate(
+                accelerator.unwrap_model(steps.model),
+                steps.patch,
+                meter,
+                text.windows,
+                recipe.batch // accelerator.num_processes,
             )
             if done in marks:
                 (nll, _), rows = meter.metrics(run)

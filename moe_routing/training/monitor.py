@@ -41,10 +41,8 @@ def undisturbed(modules: Iterable[nn.Module]):  # models and routers
             m.training = mode
 
 
-_OF_PATCH, _OF_LAYER = (
-    ("observe", "forwards", "facts", "depth", "state", "pending"),
-    ("handed", "saved_state", "totals", "received", "lost", "decisions"),
-)
+_OF_PATCH = ("observe", "forwards", "facts", "depth", "state", "pending")
+_OF_LAYER = ("handed", "saved_state", "totals", "received", "lost", "decisions")
 
 
 @contextmanager
@@ -71,7 +69,9 @@ def open_patch(model: nn.Module) -> Patch | None:
 
 @contextmanager
 def observed(model: nn.Module, routing, observe: Callable):
-    "A patch of the model with our observer: the open one, a fresh one with the given rule or routers, or one that only looks at the model's own gates."
+    """A patch of the model with our observer.
+
+    The open one, a fresh one with the given rule or routers, or one that only looks at the model's own gates."""
     patch = open_patch(model)
     if isinstance(routing, Patch) and patch is not routing:
         raise RuntimeError(
@@ -124,7 +124,9 @@ def decisions(
 
 # %% ../../nbs/45_training.monitor.ipynb #52d83ea9
 def expert_vectors(patch: Patch, block: list[Routing]) -> list[Tensor] | None:
-    "For each layer the (E, R) vectors of a record, else the rows of the router's or gate's weight; None where a layer has neither."
+    """For each layer the (E, R) vectors of a record, else the rows of the router's or gate's weight.
+
+    None where a layer has neither."""
 
     def one(layer, r):
         weight = getattr(layer.rule if isinstance(layer.rule, nn.Module) else layer.info.gate, "weight", None)
@@ -147,11 +149,14 @@ def _packed(block: list[Routing]) -> np.ndarray:  # (L, T, K)
 
 
 def _unpacked(sets: np.ndarray, block: list[Routing]) -> list[Routing]:
-    "Records that know their experts and nothing else, beside those of `block`. ValueError when they are of other tokens or layers."
+    """Records that know their experts and nothing else, beside those of `block`.
+
+    ValueError when they are of other tokens or layers."""
     shape = (len(block), len(block[0].experts))
     if sets.shape[:2] != shape:
         raise ValueError(
-            f"the earlier measurement does not match: (layers, tokens) were {sets.shape[:2]}, now {shape}: measure the same held-out text at every checkpoint"
+            f"the earlier measurement does not match: (layers, tokens) were {sets.shape[:2]}, now {shape}: measure "
+            "the same held-out text at every checkpoint"
         )
     nothing = torch.full((1, 1), float("nan")).expand(sets.shape[1], block[0].num_experts)
     return [
@@ -208,14 +213,12 @@ class RoutingMonitor(TrainerCallback):
             in_range(share, 0, 1, "share of training")
         if wandb and find_spec("wandb") is None:
             raise ImportError("wandb=True, but the package is not installed: pip install wandb, or leave wandb=False")
-        self.routing, self.batches, self.every, self.shares, self.as_trained, self.wandb = (
-            routing,
-            list(batches),
-            every,
-            tuple(shares),
-            as_trained,
-            wandb,
-        )
+        self.routing = routing
+        self.batches = list(batches)
+        self.every = every
+        self.shares = tuple(shares)
+        self.as_trained = as_trained
+        self.wandb = wandb
         if not self.batches:
             raise ValueError("the monitor has no held-out batch: give at least one")
         self.folder, self.parameters = None if folder is None else Path(folder), dict(parameters or {})
@@ -237,10 +240,8 @@ class RoutingMonitor(TrainerCallback):
         if self.folder:
             self._resume(state.global_step)
         else:
-            self.rows, self.previous = (
-                [r for r in self.rows if r["step"] <= state.global_step > 0],
-                self.previous if state.global_step else None,
-            )
+            self.rows = [r for r in self.rows if r["step"] <= state.global_step > 0]
+            self.previous = self.previous if state.global_step else None
         if self.wandb and self.main:
             self._wandb_begin(args)
         self._look(args, state, model)
@@ -431,7 +432,9 @@ def trend_figures(
     metrics: Iterable[str] | None = None,  # default: all that hold a number
     x: str = "share",  # or "step"
 ) -> dict:  # metric -> matplotlib Figure
-    "A figure for each metric: a line a layer, the random baseline dashed. ValueError for an empty log or an unknown metric."
+    """A figure for each metric: a line a layer, the random baseline dashed.
+
+    ValueError for an empty log or an unknown metric."""
     import matplotlib.pyplot as plt
 
     from moe_routing.figures import use_style

@@ -51,7 +51,8 @@ def _checked(row: dict, where: str) -> list[dict]:
     )
     if not good or not any(m["role"] == "assistant" for m in messages):
         raise ValueError(
-            f"{where}: messages must be a list of {{'role': text, 'content': text}} with at least one role 'assistant', got {str(messages)[:120]}"
+            f"{where}: messages must be a list of {{'role': text, 'content': text}} with at least one role "
+            f"'assistant', got {str(messages)[:120]}"
         )
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
@@ -90,7 +91,8 @@ def load_chat(
     settings=None,  # of `load_settings`; read when not given
 ) -> list[dict]:  # records with messages, domain
     "Conversations. ValueError or FileNotFoundError that names what is missing and the way out."
-    known(part, ("train", "held"), "part"), known(source, ("auto", "local", "hub"), "source")
+    known(part, ("train", "held"), "part")
+    known(source, ("auto", "local", "hub"), "source")
     settings = settings or load_settings()
     if name == "embedded":
         return _first(_embedded_chats(part, settings), max_samples, seed, name)
@@ -102,7 +104,7 @@ def load_chat(
             found.append({"messages": messages, "domain": str(row.get("domain") or row.get("source") or name)})
     return _first(found, max_samples, seed, where)
 
-
+# %% ../../nbs/46_training.sft.ipynb #73fab073
 def _chat_rows(name: str, source: str, settings):
     "Rows, and where they came from."
     path = Path(name).expanduser()
@@ -117,7 +119,8 @@ def _chat_rows(name: str, source: str, settings):
         return _read_lines(path), str(path)
     if source == "local":
         raise FileNotFoundError(
-            f"chat data set {name!r}: no local copy; looked for {', '.join(map(str, places))}. Put it there, set data_dir in settings.ini, or use name 'embedded'"
+            f"chat data set {name!r}: no local copy; looked for {', '.join(map(str, places))}. Put it there, set "
+            "data_dir in settings.ini, or use name 'embedded'"
         )
     return _read_hub(data.hub, data.config, data.split, settings), f"{data.hub} on the hub"
 
@@ -148,7 +151,8 @@ def chat_renderer(tokenizer) -> Callable[[list[dict], bool], str]:  # f(messages
         if "first words" in text and "second words" in text:
             return render(parts)
     raise ValueError(
-        "the tokenizer's chat template does not render the content of messages, neither as text nor in parts: set tokenizer.chat_template, or None for a plain one"
+        "the tokenizer's chat template does not render the content of messages, neither as text nor in parts: set "
+        "tokenizer.chat_template, or None for a plain one"
     )
 
 # %% ../../nbs/46_training.sft.ipynb #cde113fa
@@ -168,7 +172,8 @@ def encode_chat(
         before, after = render(messages[:i], True), render(messages[: i + 1], False)
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(
-                "the chat template writes a conversation differently when it goes on, so the assistant's tokens cannot be told: use assistant_only=False, or set tokenizer.chat_template = None for a plain one"
+                "the chat template writes a conversation differently when it goes on, so the assistant's tokens "
+                "cannot be told: use assistant_only=False, or set tokenizer.chat_template = None for a plain one"
             )
         spans.append((len(before), len(after)))
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -380,11 +385,9 @@ class SFTRecipe:
             "save_every",
         ):
             in_range(getattr(self, name), 0, float("inf"), name)
-        (
-            in_range(self.warmup, 0, 1, "warmup", open_high=True),
-            in_range(self.max_grad_norm, 0, float("inf"), "max_grad_norm", open_low=True),
-            in_range(self.max_seq_length, 2, float("inf"), "max_seq_length"),
-        )
+        in_range(self.warmup, 0, 1, "warmup", open_high=True)
+        in_range(self.max_grad_norm, 0, float("inf"), "max_grad_norm", open_low=True)
+        in_range(self.max_seq_length, 2, float("inf"), "max_seq_length")
         if not self.steps:
             in_range(self.epochs, 0, float("inf"), "epochs", open_low=True)
         known(self.experts, ("ragged", "keep"), "value of experts")
@@ -404,7 +407,8 @@ def trainer_options(
             )
         if find_spec("deepspeed") is None:
             raise ValueError(
-                f"deepspeed = {recipe.deepspeed!r}: the package deepspeed is not installed; install it, or leave the parameter empty"
+                f"deepspeed = {recipe.deepspeed!r}: the package deepspeed is not installed; install it, or leave the "
+                "parameter empty"
             )
     from transformers import TrainingArguments
 
@@ -466,10 +470,8 @@ def _trainer_class():
             return self.optimizer
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            world, step = (
-                self.args.world_size,
-                self.state.global_step * self.args.gradient_accumulation_steps + self.micro,
-            )
+            world = self.args.world_size
+            step = self.state.global_step * self.args.gradient_accumulation_steps + self.micro
             self.watch.parts, self.patch.forwards, self.micro = (
                 [],
                 step * world + self.args.process_index,
@@ -562,7 +564,9 @@ def sft(
     cpu: bool | None = None,  # None: as settings.ini says
     **recipe,  # fields of SFTRecipe
 ) -> SFTResult:
-    "Fine-tune a model and its router on conversations. ValueError on bad parameters, a foreign tokenizer or data without answers."
+    """Fine-tune a model and its router on conversations.
+
+    ValueError on bad parameters, a foreign tokenizer or data without answers."""
     for name in recipe:
         known(name, [f.name for f in fields(SFTRecipe)], "parameter of sft")
     recipe = SFTRecipe(**recipe)
@@ -599,18 +603,16 @@ def _run(
     from transformers import PrinterCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    routers, trainer = (
-        watch.routers,
-        _trainer_class()(
-            model=model,
-            args=TrainingArguments(**options),
-            train_dataset=rows,
-            data_collator=collate,
-            callbacks=list(callbacks),
-            watch=watch,
-            patch=patch,
-            recipe=recipe,
-        ),
+    routers = watch.routers
+    trainer = _trainer_class()(
+        model=model,
+        args=TrainingArguments(**options),
+        train_dataset=rows,
+        data_collator=collate,
+        callbacks=list(callbacks),
+        watch=watch,
+        patch=patch,
+        recipe=recipe,
     )
     trainer.remove_callback(PrinterCallback)
     evaluations = []
