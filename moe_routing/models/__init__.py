@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "make_tokenizer", "TinyRecipe", "tiny_config", "training_batches", "learning_rate_share", "train_tiny",
             "ship_tiny", "tiny_folder", "tiny_model", "model_size", "load_model", "fingerprint",
         ],
+        "size": ["specification", "router_type"],
         "upcycling": [
             "COMBINE", "tiny_dense", "UpcycledExperts", "UpcycledGate", "UpcycledMLP", "upcycle", "text_model",
             "check_tokenizer", "attention_backend", "load_dense", "parameter_groups", "save_upcycled",
