@@ -23,7 +23,7 @@ from .tokens import Choices, expert_vectors, watch
 from ..core import in_range, known
 from ..corpora import load_text
 from ..figures import PALETTE, use_style
-from ..metrics.specialisation import random_cosines, random_similarity, similarity_statistics
+from ..metrics.specialisation import random_cosines, similarity_statistics
 from ..patching.patch import route
 from ..patching.probe import moe_layers
 from ..settings import load_settings

@@ -163,7 +163,7 @@ def _update(
     if chances is not None:
         _calibrate(self, chances, target)
 
-
+# %% ../../nbs/51_predictors.baselines.ipynb #fb7aa730
 def _calibrate(self, chances, target):
     "Reliability: how often experts were needed that were given a chance of about p."
     self.probable, p, y = True, chances.clamp(0, 1).double(), target.double()
@@ -242,7 +242,7 @@ def move(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     "The batch on a device."
     return batch if device.type == "cpu" else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
-
+# %% ../../nbs/51_predictors.baselines.ipynb #60e11553
 def default_device(device: str | torch.device | None = None) -> torch.device:  # None: a GPU where there is one
     "Where predictors are trained."
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -46,7 +46,7 @@ IMPORTED = (
     "moe_routing.training.loop",
 )
 
-
+# %% ../../nbs/68_runs.warm.ipynb #17da203a
 @contextmanager
 def warm_server(
     modules: tuple[str, ...] = IMPORTED,  # imported once
@@ -102,7 +102,7 @@ def _answer(listener: socket.socket) -> None:
             become_kernel(asked)
         connection.sendall(f"{child}\n".encode())
 
-
+# %% ../../nbs/68_runs.warm.ipynb #e8434fce
 def _there(pid: int) -> bool:
     "Does a process exist?"
     try:
@@ -151,7 +151,7 @@ def _fresh_state() -> None:
         if threads.isdigit():
             torch.set_num_threads(int(threads))
 
-
+# %% ../../nbs/68_runs.warm.ipynb #968a0e8f
 def _end_without(owner: int) -> None:
     "End this process when the one that asked for it is gone."
     while _there(owner):
@@ -232,7 +232,7 @@ class WarmKernelManager(AsyncKernelManager):
         self.kernel_spec.metadata = {"kernel_provisioner": {"provisioner_name": name}}
         return await super()._async_pre_start_kernel(**kw)
 
-
+# %% ../../nbs/68_runs.warm.ipynb #a041a43f
 def engine() -> str | None:
     "The name of papermill's engine: `warm`, made known to papermill, where a server listens, else None for its own."
     if not os.path.exists(os.environ.get(SOCKET, "")):

@@ -101,7 +101,7 @@ def published(
 def _place(name: str, titles: dict) -> int:
     return list(titles).index(name) if name in titles else len(titles)
 
-
+# %% ../../nbs/85_studies.paper.ipynb #6a5f09e8
 def _study(folder: Path, name: str, title: str) -> Published:
     plan, page = folder / "studies" / f"{name}.yaml", folder / name / "report.md"
     question = load_study(plan).question if plan.is_file() else ""
@@ -175,7 +175,7 @@ def in_short(
     item = lambda key: mark % form(find(key, root).text, kind)
     return fill_file("in_short.j2", names={s.name for s in studies}, item=item)
 
-
+# %% ../../nbs/85_studies.paper.ipynb #c4c4725c
 def check_commands(
     commands: dict[str, str],  # title -> shell
     documented: dict[str, dict],  # command -> page, flags

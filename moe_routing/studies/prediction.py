@@ -251,7 +251,7 @@ def shown_coverage(
     }
     return pd.DataFrame([*rows, {"horizon": "-", "predictor": "chance, computed", **values}])
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #f230320f
 def draw_coverage(table: pd.DataFrame):  # from `coverage_table`; (figure, table)
     "All needed experts, and one of them, among the first m guesses."
     import matplotlib.pyplot as plt
@@ -288,7 +288,7 @@ def recall_table(runs: pd.DataFrame) -> pd.DataFrame:  # horizon, kind, predicto
                 )
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #d7c5b4aa
 def draw_recall(table: pd.DataFrame):  # from `recall_table`; (figure, table)
     "Slot recall by horizon: best learned, best guess that costs nothing, chance."
     import matplotlib.pyplot as plt
@@ -355,7 +355,7 @@ def progression_table(
         rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #ac7cb199
 def draw_progression(run, predictor: str):  # (figure, table)
     "hit@1 by epoch as a share of its last value: expected and found."
     import matplotlib.pyplot as plt
@@ -399,7 +399,7 @@ def ablation_runs(runs: pd.DataFrame) -> dict[str, list]:  # series -> runs, the
     series["settings"] = (found["seed_protocol"][:1], found["seed_settings"])
     return {name: first + more for name, (first, more) in series.items() if first and more}
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #0db33728
 def ablation_table(
     runs: pd.DataFrame,
 ) -> pd.DataFrame:  # series, run, preset, settings, hit, recall, converged, estimate, low, high, p, detectable, verdict
@@ -491,7 +491,7 @@ def simple_beats_complex(networks: pd.DataFrame) -> str:  # from `network_table`
         return "corrected"
     return "reproduced" if found == {"better"} else "refuted" if "worse" in found else "undecided"
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #0988d58a
 def temporal_helps(networks: pd.DataFrame, margin: float = MARGIN, slightly: float = 0.05) -> str:
     "Is the hybrid similar or slightly better? Refuted where worse by more than the margin; corrected: much better."
     rows = networks[(networks.a == "seed_hybrid") & (networks.b == "seed_simple")]
@@ -538,7 +538,7 @@ def best_replays(table: pd.DataFrame) -> pd.DataFrame:  # from `worth_table`; th
     table = table.assign(word=word)
     return table.loc[table.groupby(["horizon", "kind"], sort=False).saved.idxmax()].sort_index().reset_index(drop=True)
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #dd6cf2ed
 def prefetching_pays(best: pd.DataFrame) -> str:  # from `best_replays`
     "Reproduced when the best learned guess with a lead pays at every horizon, corrected at some, refuted at none."
     rows = best[(best.kind == "learned") & (best.word != "-")] if len(best) else best
@@ -596,7 +596,7 @@ def word_of(right: bool, direction: bool) -> str:
     "reproduced when a claim is right, corrected when only its direction is, refuted otherwise."
     return "reproduced" if right else "corrected" if direction else "refuted"
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #46dd9ccc
 def protocol_costs(
     traces: int = 5000,
     share: float = 0.8,  # of the traces that are learned from
@@ -630,7 +630,7 @@ def protocol_costs(
         "tokens": forwards * texts * length,
     }
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #04e43951
 def collection_plan(quantize: str | None = "4bit") -> dict:  # weights, forward, loading: bytes
     "Planned peaks of collecting from the seed document's model (chapter 22): a forward of 8 x 256 tokens, loading."
     from transformers import Qwen2MoeConfig

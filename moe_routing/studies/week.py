@@ -86,7 +86,7 @@ DAYS = {
     "day6": "day6_final",
 }
 
-
+# %% ../../nbs/77_studies.week.ipynb #4c3cf258
 @dataclass(frozen=True)
 class Day:
     "The run of one day, or the reason why there is none."
@@ -508,7 +508,7 @@ class Table:
 def _mark(i: int) -> str:
     return (_mark(i // 26 - 1) if i > 25 else "") + chr(97 + i % 26)
 
-
+# %% ../../nbs/77_studies.week.ipynb #18717522
 def engineering(x: float) -> str:
     "4.1 M, 6.92 B."
     size, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if abs(x) >= s), (1, ""))
@@ -546,7 +546,7 @@ def comparison_table(
     body.append(("guessing", _guessing(week, tasks, text)))
     return Table("table1_comparison", "Comparison on standard benchmarks.", columns, body, notes, bold, "guessing")
 
-
+# %% ../../nbs/77_studies.week.ipynb #c0c3627b
 def _guessing(week: Week, tasks: Iterable[str], text: str) -> dict[str, Cell]:
     "The row of controls."
     day, first, nothing = week.days["day1_2"], week.days["day0"], Row("guessing", "", frozenset())
@@ -594,7 +594,7 @@ def size_cell(week: Week, row: Row, what: str, specs: dict) -> Cell:  # what: to
     source = f"configuration of {row.model}"
     return Cell(specs[row.name][what], run=day.folder.name, run_id=day.run_id, source=source)
 
-
+# %% ../../nbs/77_studies.week.ipynb #45895324
 def specification_table(week: Week, rows: Sequence[Row], specs: dict) -> Table:
     "Table 3: total and active parameters, experts and router."
     columns = {
@@ -646,7 +646,7 @@ def _ablation_cells(day: Day, r: dict, runs: str) -> dict[str, Cell]:
         change = p = Cell(why="the variant that the others are compared with")
     return {"ppl": cell("perplexity"), "change": change, "p": p}
 
-
+# %% ../../nbs/77_studies.week.ipynb #aa5a9709
 def _ablation_runs(day: Day, report: dict, results: Path) -> dict[str, str]:  # variant -> its runs
     "The runs of each variant, as far as their records are there."
     study = str((day.record or {}).get("parameters", {}).get("ablations") or "")
@@ -770,7 +770,7 @@ def judge_trajectory(week: Week) -> Judged:
         return None, "own_gates", values
     return (sum(below) > len(below) / 2 if below else None), "one_router", values
 
-
+# %% ../../nbs/77_studies.week.ipynb #356e3871
 def judge_orthogonality(week: Week) -> Judged:
     '"OSR ensures diverse expert representations": in no layer are they more alike than random vectors of their width.'
     found, why = week.days["day3_4"].read("specialization_report.json")
@@ -820,7 +820,7 @@ def _task_pairs(week: Week, rows: Sequence[Row]) -> dict[str, list[tuple[float, 
                 found.setdefault(b.name, []).append((x - y, paired_score(week, rows[0], b, task)))
     return found
 
-
+# %% ../../nbs/77_studies.week.ipynb #0dcd7848
 def judge_performance(
     week: Week,
     rows: Sequence[Row],
@@ -866,7 +866,7 @@ FIGURES = {  # of seed document 000: day -> the file that holds their data -> fi
     "day5": {"efficiency_report.json": {"throughput_comparison.png": "grid.output_throughput"}},
 }
 
-
+# %% ../../nbs/77_studies.week.ipynb #0ec86c42
 def figure_fault(
     day: Day,
     file: str,  # of its data
@@ -904,7 +904,7 @@ def judge_figures(week: Week, least: int = 300) -> Judged:  # dots per inch
     values |= {"bad": "; ".join(bad) or "none", "gaps": "; ".join(gaps) or "none"}
     return False if bad else None if gaps else True, "figures", values
 
-
+# %% ../../nbs/77_studies.week.ipynb #045936b5
 def judge_go(week: Week) -> Judged:
     "The sanity check says GO."
     found, why = week.days["day0"].read("decision.json")
@@ -947,7 +947,7 @@ class Claim(NamedTuple):
         "What was computed, in words."
         return self.says.format(**self.values)
 
-
+# %% ../../nbs/77_studies.week.ipynb #ba150028
 def week_claims(
     week: Week,
     rows: Sequence[Row],  # of `week_rows`
@@ -1014,7 +1014,7 @@ def week_summary(week: Week, tables: Sequence[Table], claims: Sequence[Claim]) -
         "claims": [{**c._asdict(), "value": c.value} for c in claims],
     }
 
-
+# %% ../../nbs/77_studies.week.ipynb #4a5455e1
 def _table_record(t: Table) -> dict:
     "A table with its caption and notes, and a line for each cell."
     cells = [

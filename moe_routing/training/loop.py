@@ -479,7 +479,7 @@ def _tell(meter: "Meter", context: Context, routing: Routing) -> None:
     meter.seen.append(torch.stack([_padded(r.experts, E) for r in block]))
     meter.block = []
 
-
+# %% ../../nbs/43_training.loop.ipynb #65b35f38
 def _taken(parts: list[tuple], L: int, gather: Callable[[Tensor], Tensor]) -> dict:
     "The parts of a meter of L layers, of all processes, as (L, E) loads and averages."
     E, device = len(parts[0][1]), parts[0][1].device
