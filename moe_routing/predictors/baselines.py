@@ -173,7 +173,7 @@ def _calibrate(self, chances, target):
             self.bins[layer, :, column] += torch.bincount(at[:, layer].reshape(-1), v.reshape(-1), self.BINS)
     self.brier += ((p - y) ** 2).mean(-1).sum(0)
 
-# %% ../../nbs/51_predictors.baselines.ipynb #fb7aa730
+# %% ../../nbs/51_predictors.baselines.ipynb #2066d4e6
 Tally.update = _update
 
 # %% ../../nbs/51_predictors.baselines.ipynb #c80bff3a
@@ -247,7 +247,7 @@ def default_device(device: str | torch.device | None = None) -> torch.device:  #
     "Where predictors are trained."
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-# %% ../../nbs/51_predictors.baselines.ipynb #60e11553
+# %% ../../nbs/51_predictors.baselines.ipynb #4ac88c0a
 def targets(
     batch: dict[str, Tensor],  # from `Trace.batches`
     num_experts: int,  # E
