@@ -1,4 +1,4 @@
-"""Bad input through the public names: exactly one clear error, which names the value and the way out, and nothing finished is lost."""
+"""Bad input through the public names: one clear error that names value and way out; nothing finished is lost."""
 
 import json
 import shutil
@@ -296,7 +296,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
 def says(call):
     try: call()
     except OSError as e: print(str(e).replace("\\n", " "))
-says(lambda: record(model, [{{"input_ids": IDS[i:i + n]}} for i, n in ((0, 1), (1, 3))], folder / "cut", keep=("logits",), shard_tokens=1))
+batches = [{{"input_ids": IDS[i:i + n]}} for i, n in ((0, 1), (1, 3))]
+says(lambda: record(model, batches, folder / "cut", keep=("logits",), shard_tokens=1))
 says(lambda: null.save(folder / "null.safetensors"))
 traces.shutil.disk_usage = lambda path: SimpleNamespace(free=2**40)
 says(lambda: write_logs(trace, folder / "logs", "c", "d", "topk", 4, None, {{}}, 1.))

@@ -1,4 +1,4 @@
-"""Rules that look at the whole batch, and those whose gate cannot learn: oracles, padding, ties, bad input, generation."""
+"""Rules that look at the whole batch, and those whose gate cannot learn: oracles, padding, ties, bad input."""
 
 import json
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from moe_routing.routers.expert_choice import (
 )
 from moe_routing.routers.sinkhorn import SBase, Sinkhorn, _accept, log_sinkhorn, quota_assign, sinkhorn
 from moe_routing.routers.soft import SoftK, SummedTopK, Top1AsShipped, TopKHardAsShipped
-from moe_routing.routers.topk import WEIGHTS, TopK, chosen, rank_keys
+from moe_routing.routers.topk import WEIGHTS, TopK
 
 INF = float("inf")
 BATCH = [
@@ -223,7 +223,7 @@ def test_leak_bound_and_count():
 
 
 def test_leak_counts_time_by_position():
-    "The sequences of a batch advance together; the answer can be repeated; a view and its logits with a context are the same."
+    "The sequences of a batch advance together; answers can be repeated; a view and its logits with a context are one."
     B, S = 4, 64
     context = Context(
         position=torch.arange(S).repeat(B),

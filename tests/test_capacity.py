@@ -1,4 +1,4 @@
-"""Capacity over odd cases: the limit against a loop, pack and combine against the dense sum, the drop law against exact sums, bad input."""
+"""Capacity over odd cases: limit against a loop, pack and combine against the dense sum, drop law, bad input."""
 
 import json
 import math
@@ -194,7 +194,8 @@ def test_capped_is_the_rule_with_a_limit():
     assert json.loads(json.dumps(nested.describe()))["inner"]["rule"] == "TopP" and nested == Capped(
         TopP(p=0.5, max_k=6), 1.0, k=2.5
     )
-    import copy, pickle
+    import copy
+    import pickle
 
     assert copy.deepcopy(nested) == nested and pickle.loads(pickle.dumps(nested)) == nested
 

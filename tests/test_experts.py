@@ -111,10 +111,8 @@ def gradients(f, m, hidden, ids, weights):
 
 def compare(f, layout, mix, tol=1e-9):
     ids, weights, E = MIXES[mix]
-    m, hidden = (
-        make(E, **LAYOUTS[layout]),
-        torch.randn(len(ids), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
-    )
+    m = make(E, **LAYOUTS[layout])
+    hidden = torch.randn(len(ids), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     slow, fast = gradients(loop, m, hidden, ids, weights), gradients(f, m, hidden, ids, weights)
     for name in slow:
         assert torch.allclose(*torch.broadcast_tensors(fast[name], slow[name]), atol=tol), (name, layout, mix)
@@ -132,15 +130,12 @@ def test_equals_the_loop(layout, mix):
 def test_segments_in_one_call(layout, monkeypatch):
     "What CUDA runs (grouped_mm instead of one product for each segment), here with the CPU's grouped_mm."
     monkeypatch.setattr(module, "_grouped", lambda x: True)
-    f32 = lambda m, h, i, w: ragged_experts(m.float(), h.float(), i, w.float()).double()
     for mix in ("all used", "some used", "one expert"):
         ids, weights, E = MIXES[mix]
         hidden = torch.randn(len(ids), 8, generator=torch.Generator().manual_seed(1))
         m = make(E, H=8, I=4, **LAYOUTS[layout]).float()
-        slow, fast = (
-            gradients(loop, m, hidden, ids, weights.float()),
-            gradients(ragged_experts, m, hidden, ids, weights.float()),
-        )
+        slow = gradients(loop, m, hidden, ids, weights.float())
+        fast = gradients(ragged_experts, m, hidden, ids, weights.float())
         for name in slow:
             assert torch.allclose(fast[name], slow[name], atol=1e-3, rtol=1e-3), (name, mix)
 
@@ -154,13 +149,13 @@ def test_compiles_whole_and_right(layout):
 
 
 def test_own_gate_function_is_honoured():
-    m, (ids, weights, E) = make(5, own_gate=True), MIXES["some used"]
+    m, (ids, weights, _) = make(5, own_gate=True), MIXES["some used"]
     hidden = torch.randn(len(ids), 6, dtype=torch.float64)
     assert torch.allclose(ragged_experts(m, hidden, ids, weights), loop(m, hidden, ids, weights))
 
 
 def test_registered_name_reaches_the_forward():
-    m, (ids, weights, E) = make(5), MIXES["some used"]
+    m, (ids, weights, _) = make(5), MIXES["some used"]
     hidden = torch.randn(len(ids), 6, dtype=torch.float64)
     assert torch.equal(m(hidden, ids, weights), ragged_experts(m, hidden, ids, weights))
 
@@ -170,10 +165,8 @@ def test_registered_operations_are_sound():
     ids, weights, E = MIXES["some used"]
     order, sizes = plan_slots(ids, E)
     rows = torch.randn(len(ids), 4, dtype=torch.float64, requires_grad=True)
-    weight, bias = (
-        torch.randn(E, 4, 3, dtype=torch.float64, requires_grad=True),
-        torch.randn(E, 3, dtype=torch.float64, requires_grad=True),
-    )
+    weight = torch.randn(E, 4, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(E, 3, dtype=torch.float64, requires_grad=True)
     mid = torch.randn(len(order), 4, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(module.plan_op, (ids, E))
     for b in (bias, None):

@@ -1,4 +1,4 @@
-"Section 5.5 on every layer against plain loops, each baseline against simulation, padding and sequence boundaries, unknown facts, bad input."
+"Section 5.5 on every layer against plain loops, baselines against simulation, padding, unknown facts, bad input."
 
 from itertools import combinations
 from math import log

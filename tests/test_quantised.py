@@ -1,4 +1,4 @@
-"Quantised experts: every layout and size against a loop over dequantised matrices, real families through load_model, the proof by bytes, memory, and every refusal."
+"Quantised experts against a loop over dequantised matrices, real families, proof by bytes, memory, refusals."
 
 import gc
 import logging
@@ -167,7 +167,7 @@ def test_pack_against_the_definition(shape, dtype):
         assert all(torch.equal(parts[k], again[k]) for k in parts)
         for out in (torch.float32, dtype):
             back = unpack_weight(parts, shape, out)
-            # 8-bit scales of blocks move a level by at most a few per cent of it; a half-way case may go either way in 8 bits
+            # 8-bit scales of blocks move a level by a few per cent of it; a half-way case may go either way in 8 bits
             assert (
                 back.dtype == out
                 and back.shape == torch.Size(shape)
@@ -237,7 +237,7 @@ def test_every_layout_and_mix(layout, quantize, one_thread):
 
 @pytest.mark.parametrize("quantize", QUANTISATIONS)
 def test_precision_follows_the_input(quantize):
-    module, (ids, weights, E) = make(5, H=64, I=32).float(), MIXES["some used"]
+    module, (ids, weights, _) = make(5, H=64, I=32).float(), MIXES["some used"]
     quantise_experts(module.eval(), quantize)
     hidden = torch.randn(len(ids), 64)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_one_matrix_at_a_time(monkeypatch):
         return out
 
     monkeypatch.setattr(quantised, "unpack_weight", watched)
-    module, (ids, weights, E) = make(5).float(), MIXES["all used"]
+    module, (ids, weights, _) = make(5).float(), MIXES["all used"]
     quantise_experts(module.eval(), "4bit")
     with torch.no_grad():
         module(torch.randn(len(ids), 6), ids, weights.float())
@@ -288,12 +288,10 @@ def test_loaded_tensor_by_tensor(folders, settings, quantize, monkeypatch):
 def test_family_against_dequantised_weights(family, quantize, loaded, folders):
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    model, full = (
-        loaded[family, quantize],
-        AutoModelForCausalLM.from_pretrained(
-            folders[family], dtype=torch.float32, experts_implementation="ragged"
-        ).eval(),
-    )
+    model = loaded[family, quantize]
+    full = AutoModelForCausalLM.from_pretrained(
+        folders[family], dtype=torch.float32, experts_implementation="ragged"
+    ).eval()
     bare = tiny(FAMILIES[family])(IDS).logits
     assert torch.equal(full(IDS).logits, bare)
     with torch.no_grad():

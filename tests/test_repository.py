@@ -1,4 +1,4 @@
-"""The tree itself: notebooks clean, package and README made from them, nothing too large, nothing that belongs to one machine."""
+"""The tree itself: notebooks clean, package and README made from them, nothing too large or of one machine."""
 
 import json
 import re
