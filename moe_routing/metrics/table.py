@@ -339,14 +339,14 @@ class Chance:
         return LOAD_METRICS[metric](self.all).mean()
 
 # %% ../../nbs/39_metrics.table.ipynb #d8bd43b8
-def _ceiling(given: int | None, largest: int, E: int) -> int:
-    "The largest number of experts allowed: as given, or what was used."
-    ceiling = largest if given is None else in_range(given, 1, E, "k_ceiling")
-    if largest > ceiling:
+def _limits(floor: int, ceiling: int | None, largest: int, E: int) -> tuple[int, int]:
+    "Fewest and most experts allowed, the most as given or what was used; an error when a token used more."
+    floor, most = limits(floor, largest if ceiling is None else in_range(ceiling, 1, E, "k_ceiling"))
+    if largest > most:
         raise ValueError(
-            f"k_ceiling = {given}, but a token used {largest} experts: give the ceiling that the router ran with"
+            f"k_ceiling = {ceiling}, but a token used {largest} experts: give the ceiling that the router ran with"
         )
-    return ceiling
+    return floor, most
 
 
 def _vocabulary_overlap(t: Tally) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
@@ -373,7 +373,7 @@ class Facts:
         self.load, self.counts = t.sums["load"], t.sums["counts"]  # (L, E), (L, E+1)
         (self.L, self.E), self.all = self.load.shape, self.counts.sum(0)  # (E+1,) counts of all layers
         self.mean_k, largest = float(mean_count(self.all)), int(extreme_counts(self.all)[1])
-        self.k_floor, self.k_ceiling = limits(k_floor, _ceiling(k_ceiling, largest, self.E))
+        self.k_floor, self.k_ceiling = _limits(k_floor, k_ceiling, largest, self.E)
         for name in ("gate", "own_choice", "second_run", "own_run", "previous"):
             setattr(self, name, None if t.sums[name] is None else t.sums[name] / t.tokens)
         self.weight_mean, self.weight_std = moments(t.sums["weights"], t.tokens)  # (L,) each

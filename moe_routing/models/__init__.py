@@ -6,8 +6,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "quantised": [
-            "QUANTISATIONS", "pack_weight", "unpack_weight", "QuantisedExperts", "quantise_experts", "Experts4Bit", "Experts8Bit", "quantisation_config", "stored_tensors",
-            "weight_groups", "check_quantised", "prepared", "memory_plan",
+            "QUANTISATIONS", "pack_weight", "unpack_weight", "QuantisedExperts", "quantise_experts", "Experts4Bit",
+            "Experts8Bit", "quantisation_config", "stored_tensors", "weight_groups", "check_quantised", "prepared",
+            "memory_plan",
         ],
         "adapters": [
             "VARIANTS", "Adapted", "adapt", "adapter_parameters", "adapter_losses", "adapter_gain",
