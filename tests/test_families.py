@@ -1,4 +1,6 @@
-"Every causal language model of the installed transformers that declares experts: patched with proof, or refused with a reason."
+"""Every causal language model of the installed transformers that declares experts.
+
+Patched with proof, or refused with a reason."""
 
 import pytest
 

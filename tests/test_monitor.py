@@ -1,4 +1,6 @@
-"The routing monitor: equal to summarise, invisible to the training, resumable, honest about what it does not know; trends; W&B."
+"""The routing monitor.
+
+Equal to summarise, invisible to the training, resumable, honest about what it does not know; trends; W&B."""
 
 import json
 import sys
@@ -93,7 +95,9 @@ def routers_for(name, model):
 
 
 def trained(name, folder, monitored):
-    "Train in a plain Trainer under an open patch (or the model's own gates); weights, patch report, random state, monitor."
+    """Train in a plain Trainer under an open patch (or the model's own gates).
+
+    Weights, patch report, random state, monitor."""
     model = small()
     routers = routers_for(name, model)
     if routers:

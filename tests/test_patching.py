@@ -1,4 +1,6 @@
-"route() in odd cases: backends, precision, padding, caches, checkpointing, nesting, copies, faults, and undoing all of it."
+"""route() in odd cases.
+
+Backends, precision, padding, caches, checkpointing, nesting, copies, faults, and undoing all of it."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -340,7 +342,9 @@ def test_context_of_embeddings_positions_and_inner_calls():
 @pytest.mark.parametrize("experts", ["keep", "ragged"])
 @pytest.mark.parametrize("checkpoint", [None, False, True])
 def test_gradients(experts, checkpoint):
-    "The identity rule gives the native gradient, also when layers run twice; second runs are neither counted nor observed."
+    """The identity rule gives the native gradient, also when layers run twice.
+
+    Second runs are neither counted nor observed."""
 
     def gradient(model, **how):
         model.train().zero_grad()
@@ -424,7 +428,6 @@ def test_a_patch_without_effect_is_an_error():
         patch.report()
     block = model.model.layers[0].mlp
     with route(model, TopK(2)) as patch:  # something between gate and experts goes its own way
-        own = block.experts.forward
 
         def stubborn(hidden):
             flat = hidden.view(-1, hidden.shape[-1])

@@ -112,8 +112,14 @@ def test_labels_are_what_the_assistant_says(tokenizer):
     assert len(short["input_ids"]) == len(short["labels"]) == 30 and short["truncated"]
 
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-PARTS = "{% for m in messages %}{{ m['role'] | capitalize }}:{% for p in m['content'] %}{% if p['type'] == 'text' %} {{ p['text'] }}{% endif %}{% endfor %}<end>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if "
+    "add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}{{ m['role'] | capitalize }}:{% for p in m['content'] %}{% if p['type'] == 'text' %} "
+    "{{ p['text'] }}{% endif %}{% endfor %}<end>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,10 @@ def test_templates_that_lose_or_rewrite_are_refused(tokenizer):
     other.chat_template = "{% for m in messages %}{{ m['role'] }}\n{% endfor %}"
     with pytest.raises(ValueError, match="does not render the content"):
         encode_chat(CHAT, other)
-    other.chat_template = "{% for m in messages %}{{ m['role'] }}: {% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}{% else %}...{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    other.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}{% "
+        "else %}...{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     with pytest.raises(ValueError, match="does not render the content|when it goes on"):
         encode_chat(CHAT, other)
     assert encode_chat(CHAT, other, assistant_only=False)["labels"]
