@@ -78,8 +78,8 @@ def adapter_parameters(
     layers: int,  # L
     hidden: int,  # H
     experts: int,  # E
-    rank: int = 4,
-    adapters: int = 4,
+    rank: int = 4,  # r
+    adapters: int = 4,  # n, with R and D
 ) -> int:
     "How many numbers a variant trains."
     n = {"S": 1, "E": experts}.get(known(variant, VARIANTS, "variant"), adapters)

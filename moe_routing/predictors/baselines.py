@@ -23,7 +23,7 @@ from ..traces.format import Trace
 class Horizon:
     "What is known when a guess for (token t, layer l) is made."
 
-    name: str
+    name: str  # a key of HORIZONS
     column: str | None  # of the trace, that a learned guess reads; None: token ids only
     knows: frozenset[str]  # facts: "past", "token", "layers", "stream", "own"
     layers_back: int = 0  # the column is read at layer l - layers_back ...
@@ -52,9 +52,9 @@ HORIZONS = {
 # %% ../../nbs/51_predictors.baselines.ipynb #c8461dcf
 def shift(
     x: Tensor,  # (B, S, ...)
-    n: int,
-    dim: int,  # places to move towards higher indices, along which dimension
-    fill: float = 0,
+    n: int,  # places to move towards higher indices
+    dim: int,  # along this dimension
+    fill: float = 0,  # what comes in
 ) -> Tensor:  # the same shape; the first n places hold `fill`
     "Move a tensor along one dimension: what place i held is now at place i + n."
     if not n:
@@ -86,8 +86,8 @@ COVERAGE = (1, 3, 5, 8, 10, 12, 15, 20, 25, 30)  # the sizes at which seed 004 r
 
 def random_value(
     metric: str,  # hit@1, recall@m, all@m, any@m
-    k: int,
-    num_experts: int,
+    k: int,  # experts a token
+    num_experts: int,  # E
 ) -> float:  # what guessing at random reaches on average
     "The exact value of chance for a metric of prediction."
     name, _, m = metric.partition("@")
@@ -99,6 +99,50 @@ def random_value(
         return comb(E - k, m - k) / comb(E, m) if m >= k else 0.0
     return 1 - comb(E - k, 1 if name == "hit" else m) / comb(E, 1 if name == "hit" else m)
 
+# %% ../../nbs/51_predictors.baselines.ipynb #5b8e07d1
+def _add(tally: "Tally", name: str, values: Tensor, document: Tensor) -> None:
+    "Add values (N, L) of a metric to the sums of their documents (N,)."
+    tally.sums[name].index_add_(0, document, values.double())
+
+
+def _calibrate(tally: "Tally", chances: Tensor, target: Tensor) -> None:
+    "Reliability: how often experts were needed that were given a chance of about p."
+    tally.probable, p, y = True, chances.clamp(0, 1).double(), target.double()
+    at = (p * tally.BINS).long().clamp(max=tally.BINS - 1)
+    for layer in range(p.shape[1]):
+        for column, v in enumerate((torch.ones_like(p[:, layer]), p[:, layer], y[:, layer])):
+            tally.bins[layer, :, column] += torch.bincount(at[:, layer].reshape(-1), v.reshape(-1), tally.BINS)
+    tally.brier += ((p - y) ** 2).mean(-1).sum(0)
+
+# %% ../../nbs/51_predictors.baselines.ipynb #c39b8e32
+def _update(
+    tally: "Tally",
+    scores: Tensor,  # (N, L, E), higher is likelier
+    target: Tensor,  # (N, L, E) bool
+    document: Tensor,  # (N,) index of the document
+    chances: Tensor | None = None,  # (N, L, E) probability that an expert is needed, where the predictor gives one
+) -> None:
+    "Add N tokens."
+    count = target.sum(-1).clamp(min=1)
+    ranked = scores.topk(tally.widest, -1).indices
+    right = target.gather(-1, ranked)
+    found = right.cumsum(-1)
+    tally.tokens.index_add_(0, document, torch.ones(target.shape[:2], dtype=torch.float64))
+    _add(tally, "hit@1", right[..., 0], document)
+    _add(tally, "exact", found.gather(-1, (count.clamp(max=tally.widest) - 1).unsqueeze(-1))[..., 0] == count, document)
+    for m in tally.sizes:
+        at = found[..., m - 1]
+        _add(tally, f"recall@{m}", at / count, document)
+        _add(tally, f"all@{m}", at == count, document)
+        _add(tally, f"any@{m}", at > 0, document)
+    guess = torch.zeros_like(target).scatter_(-1, ranked[..., : tally.k], True)
+    wrong = (guess & ~target).double()
+    share = wrong / wrong.sum(-1, keepdim=True).clamp(min=1)
+    tally.confusion += torch.einsum("nli,nlj->lij", (target & ~guess).double(), share)
+    tally.confusion.diagonal(dim1=1, dim2=2).add_((target & guess).sum(0))
+    if chances is not None:
+        _calibrate(tally, chances, target)
+
 # %% ../../nbs/51_predictors.baselines.ipynb #cab8f63b
 class Tally:
     "Sums of one predictor's scores against the truth, by document and layer."
@@ -107,9 +151,9 @@ class Tally:
 
     def __init__(
         self,
-        num_layers: int,
-        num_experts: int,
-        k: int,
+        num_layers: int,  # L
+        num_experts: int,  # E
+        k: int,  # experts a token
         documents: int,  # D
     ):
         self.k, self.E = k, num_experts
@@ -121,9 +165,7 @@ class Tally:
             n: zeros(documents, num_layers)
             for n in ["hit@1", "exact", *(f"{w}@{m}" for w in ("recall", "all", "any") for m in sizes)]
         }
-        self.confusion = zeros(
-            num_layers, num_experts, num_experts
-        )  # rows: a true expert; columns: what was guessed in its place
+        self.confusion = zeros(num_layers, num_experts, num_experts)  # true expert; what was guessed in its place
         self.bins, self.brier, self.probable, self.broken = zeros(num_layers, self.BINS, 3), zeros(num_layers), False, 0
 
     def _add(self, name, values, document):  # values (N, L)

@@ -387,8 +387,8 @@ def auxiliary(curves: Curves) -> dict[str, float]:  # name -> largest absolute v
 
 def bias_start(
     curves: Curves,
-    drop: float = 0.1,
-    points: int = 10,  # of the seed's inference: by how much CV drops, and for how many points
+    drop: float = 0.1,  # of the seed's inference: by how much CV drops
+    points: int = 10,  # and for how many points
 ) -> tuple[int | None, str]:  # step or None; how it is known
     "The step at which a balancing bias starts."
     rows = curves.table[curves.table.quantity == "bias"]
