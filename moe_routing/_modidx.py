@@ -1255,6 +1255,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'moe_routing/predictors/baselines.py'),
                                                   'moe_routing.predictors.baselines.Tally.__init__': ( 'predictors.baselines.html#tally.__init__',
                                                                                                        'moe_routing/predictors/baselines.py'),
+                                                  'moe_routing.predictors.baselines.Tally._add': ( 'predictors.baselines.html#tally._add',
+                                                                                                   'moe_routing/predictors/baselines.py'),
                                                   'moe_routing.predictors.baselines._Counts': ( 'predictors.baselines.html#_counts',
                                                                                                 'moe_routing/predictors/baselines.py'),
                                                   'moe_routing.predictors.baselines._Counts.__init__': ( 'predictors.baselines.html#_counts.__init__',
