@@ -6,9 +6,9 @@
 __all__ = ['COMPARED', 'SHARES', 'FULL', 'VARIANTS', 'SWITCH', 'BASELINES', 'RANK', 'MEASURES', 'LOSS_MARGIN', 'SHARE_MARGIN',
            'SETTINGS', 'WORDS', 'TARGET', 'COST', 'SPECIALISED', 'PROSE', 'LONG_MEASURES', 'Pair', 'compare',
            'seeds_needed', 'Judgement', 'judge', 'with_settings', 'study_runs', 'measures_of', 'in_setting', 'fair',
-           'at_share', 'seeds_of', 'ablation_table', 'interval_text', 'filled', 'difference_over_time', 'measure_table',
-           'ngram_table', 'beaten', 'draw_trends', 'draw_layers', 'sweep_points', 'sweep_table', 'shown_sweep',
-           'draw_sweep', 'form_of', 'same_plan_spread', 'Search', 'cv_search', 'h1', 'tuning_gain', 'h2', 'h3',
+           'at_share', 'seeds_of', 'ablation_table', 'interval_text', 'difference_over_time', 'measure_table',
+           'draw_trends', 'draw_layers', 'sweep_points', 'sweep_table', 'shown_sweep', 'draw_sweep', 'form_of',
+           'same_plan_spread', 'Search', 'cv_search', 'h1', 'tuning_gain', 'compare_routing', 'h2', 'h3',
            'router_flops', 'h4', 'h5', 'gains_by_size', 'size_table', 'h6', 'domain_gains', 'domain_table', 'contrast',
            'h7', 'by_length', 'long_table', 'long_differences', 'sft_variants', 'sft_table', 'sft_comparisons']
 
@@ -26,7 +26,8 @@ from ..figures import PALETTE
 from ..routers.spectra import ABLATIONS, SpectraRouter
 from ..runs.study import load_logs, load_runs, read_records
 from ..stats import mean_interval, minimum_detectable_effect, paired_t, verdicts
-from .tables import crossed_interval
+from .routers import windows_of
+from .tables import at_most, crossed_interval, informative
 
 # %% ../../nbs/75_studies.spectra.ipynb #5e37f7cd
 class Pair(NamedTuple):
@@ -316,12 +317,6 @@ def interval_text(value: float, low: float, high: float, digits: int = 3) -> str
     return f"{value:.{digits}f}" + ("" if pd.isna(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
 
-def filled(table: pd.DataFrame) -> pd.DataFrame:
-    "A table without the columns that hold nothing but dashes."
-    empty = [c for c in table if table[c].map(lambda v: v is None or v == "-" or v != v).all()]
-    return table.drop(columns=empty)
-
-
 def difference_over_time(
     runs: pd.DataFrame,  # of one setting
     log: pd.DataFrame,  # from `measures_of`
@@ -337,7 +332,7 @@ def difference_over_time(
         table = ablation_table(here, margin=margin)
         said = [interval_text(r.difference, r.low, r.high) + "*" * (r.p_adjusted <= 0.05) for r in table.itertuples()]
         columns[f"{100 * share:g} %"] = pd.Series(said, index=table.router)
-    return filled(pd.DataFrame(columns).rename_axis("variant").reset_index())
+    return informative(pd.DataFrame(columns).rename_axis("variant").reset_index())
 
 # %% ../../nbs/75_studies.spectra.ipynb #5f7f5266
 def measure_table(
@@ -353,33 +348,7 @@ def measure_table(
             text = interval_text(x.mean(), i.low if i else np.nan, i.high if i else np.nan)
             row[title] = text if text == "-" or pd.isna(chance) else f"{text} / {chance:.3f}"
         rows.append({**row, "seeds": int(part.seed.nunique())})
-    return filled(pd.DataFrame(rows))
-
-# %% ../../nbs/75_studies.spectra.ipynb #c21fcf0a
-def ngram_table(
-    text,  # from `training_text`
-    tokens: int,  # of the training text that are counted: as many as a run was trained on
-    orders: tuple[int, ...] = (1, 2, 3, 4, 5, 6),
-) -> pd.Series:  # order -> nats a token, on the tokens that a model predicts
-    "Held-out losses of interpolated n-gram tables."
-    from moe_routing.world import ngram_losses
-
-    kept, room, held = [], tokens, text.windows.tolist()
-    for ids in text.train:
-        kept += [ids[:room]] if room > 0 else []
-        room -= len(ids)
-    vocabulary = len(text.tokenizer)
-    losses = {n: ngram_losses(kept, held, vocabulary, n).reshape(len(held), -1)[:, 1:].mean() for n in orders}
-    return pd.Series(losses).rename_axis("order")
-
-
-def beaten(
-    runs: pd.DataFrame,  # from `load_runs`
-    ngrams: pd.Series,  # from `ngram_table`
-) -> pd.DataFrame:  # order, ngram_loss, better: runs that beat it, runs
-    "How many runs beat each n-gram table."
-    rows = [(order, loss, int((runs.val_loss < loss).sum()), len(runs)) for order, loss in ngrams.items()]
-    return pd.DataFrame(rows, columns=["order", "ngram_loss", "better", "runs"])
+    return informative(pd.DataFrame(rows), keep=("seeds",))
 
 # %% ../../nbs/75_studies.spectra.ipynb #cf8fb13b
 def _look(i: int, name: str) -> dict:
@@ -519,7 +488,7 @@ def shown_sweep(
         "over the lowest loss, %": [interval_text(r.cost, r.cost_low, r.cost_high, 2) for r in table.itertuples()],
         "seeds": table.seeds,
     }
-    return filled(pd.DataFrame(shown))
+    return informative(pd.DataFrame(shown))
 
 # %% ../../nbs/75_studies.spectra.ipynb #c9b23d85
 _SHORT = {
@@ -623,12 +592,6 @@ class Search(NamedTuple):
     runs: tuple[str, ...]
 
 
-def _at_most(values: pd.Series, limit: float) -> str:  # "yes", "no" or "undecided"
-    "Is the mean at most `limit`? One-sided t-tests both ways at 5 %; one value is taken as it is."
-    i = mean_interval(values, 0.9) if len(values) > 1 else (None, *[values.iloc[0]] * 2)
-    return "yes" if i[2] <= limit else "no" if i[1] > limit else "undecided"
-
-# %% ../../nbs/75_studies.spectra.ipynb #64ea03f4
 def cv_search(
     runs: pd.DataFrame,  # from `study_runs`
     limit: float = TARGET,  # demand CV above its floor
@@ -643,7 +606,11 @@ def cv_search(
     mine = keep[keep.point == best.point].set_index("seed")
     base = keep[keep.point == lowest.point].set_index("seed").val_loss
     paid = (100 * (mine.val_loss - base) / base.mean()).dropna()
-    answers = {_at_most(mine.excess_cv, limit), "yes" if best.point == lowest.point else _at_most(paid, cost)}
+    if len(mine) < 2 or len(paid) < 2:
+        answers = {"yes" if best.excess_cv <= limit else "no"}
+    else:
+        near, cheap = at_most({"cv": mine.excess_cv}, limit)["cv"], at_most({"cost": paid}, cost)["cost"]
+        answers = {near, "yes" if best.point == lowest.point else cheap}
     word = "missed" if "no" in answers else "reached" if answers == {"yes"} else "undecided"
     return Search(word, flattest, best, lowest, len(table), tuple(keep.run) if "run" in keep else ())
 
@@ -689,36 +656,37 @@ def tuning_gain(
     return {"point": best, "percent": i.estimate, "low": i.low, "high": i.high}
 
 # %% ../../nbs/75_studies.spectra.ipynb #ceeae928
-def h2(
+def compare_routing(
     runs: pd.DataFrame,  # of the study `spectra`
     log: pd.DataFrame,  # from `measures_of`
+    asked: list[tuple[str, str, str]],  # measure, router, and what it is compared with: a router, or "random"
     margin: float = SHARE_MARGIN,
+    checkpoints: bool = False,  # mean over all evaluations, not the last one
 ) -> Judgement:
-    "SPECTRA has lower overlap and higher Gram orthogonality than the baselines and than chance."
-    pairs, here = [], at_share(fair(runs, "experts", "compute"), 1.0, log)
-    for measure in ("overlap", "gram"):
+    "Routing metrics above chance, means over layers: is the first router's the better one? Paired by seed."
+    here, pairs = fair(runs, "experts", "compute"), []
+    rows = log if checkpoints else log[np.isclose(log.share.astype(float), 1)]
+    for measure, mine, other in asked:
         title, better, _ = MEASURES[measure]
-        above = here.assign(above=here[measure] - here[f"{measure}_random"])
-        mine = seeds_of(above, FULL, "above").dropna()
-        for other in (b for b in BASELINES if b != "dense"):
-            pairs.append(
-                Pair(f"{title} against {other}", mine, seeds_of(above, other, "above"), better != "lower", margin)
-            )
-        pairs.append(Pair(f"{title} against random", mine, mine * 0, better != "lower", margin))
-    return judge(compare(pairs), here.run[here.router.isin((FULL, *BASELINES))])
+        above = (rows[measure] - rows[f"{measure}_random"]).groupby(rows.run).mean()
+        values = here.assign(above=here.run.map(above))
+        first = seeds_of(values, mine, "above").dropna()
+        second = first * 0 if other == "random" else seeds_of(values, other, "above")
+        name = title if mine == FULL else f"{title} of {mine}"
+        pairs.append(Pair(f"{name} against {other}", first, second, better != "lower", margin))
+    used = {r for _, *routers in asked for r in routers}
+    return judge(compare(pairs), here.run[here.router.isin(used)])
 
 
-def h3(
-    runs: pd.DataFrame,  # of the study `spectra`
-    log: pd.DataFrame,  # from `measures_of`
-    margin: float = SHARE_MARGIN,
-) -> Judgement:
+def h2(runs: pd.DataFrame, log: pd.DataFrame) -> Judgement:  # of the study `spectra`, from `measures_of`
+    "SPECTRA has lower overlap and higher Gram orthogonality than the baselines and than chance."
+    others = (*(b for b in BASELINES if b != "dense"), "random")
+    return compare_routing(runs, log, [(m, FULL, o) for m in ("overlap", "gram") for o in others])
+
+
+def h3(runs: pd.DataFrame, log: pd.DataFrame) -> Judgement:  # of the study `spectra`, from `measures_of`
     "SPECTRA routes more consistently over training than Switch."
-    here = fair(runs, "experts", "compute")
-    here = here.assign(above=here.run.map((log.consistency - log.consistency_random).groupby(log.run).mean()))
-    mine, its = seeds_of(here, FULL, "above"), {r: seeds_of(here, r, "above") for r in SWITCH}
-    pairs = [Pair(f"consistency against {r}", mine, x, True, margin) for r, x in its.items()]
-    return judge(compare(pairs), here.run[here.router.isin((FULL, *SWITCH))])
+    return compare_routing(runs, log, [("consistency", FULL, o) for o in SWITCH], checkpoints=True)
 
 # %% ../../nbs/75_studies.spectra.ipynb #cde5f411
 def router_flops(
@@ -846,7 +814,7 @@ def domain_gains(
 ):  # windows x (domain, kind, and a column a seed): nats a token by which SPECTRA's loss is lower
     "Gain over another router in every held-out window; None without domains or without 2 common seeds."
     mine = runs[runs.router.isin((FULL, against))]
-    per = {(r.router, r.seed): pd.DataFrame(r.documents).set_index("window") for r in mine.itertuples()}
+    per = {(r.router, r.seed): windows_of(r) for r in mine.itertuples()}
     seeds = sorted(s for r, s in per if r == FULL and (against, s) in per)
     if len(seeds) < 2 or any("domain" not in w for w in per.values()):
         return None
@@ -932,7 +900,7 @@ def long_table(table: pd.DataFrame) -> pd.DataFrame:  # from `by_length`
             "to 8k": interval_text(part.peak_to_8k.mean(), np.nan, np.nan),
         }
         rows.append({**row, "seconds": f"{part.seconds.mean():.1f}"})
-    return filled(pd.DataFrame(rows))
+    return informative(pd.DataFrame(rows), keep=("seeds", *LONG_MEASURES.values()))
 
 # %% ../../nbs/75_studies.spectra.ipynb #15deecb4
 def long_differences(
