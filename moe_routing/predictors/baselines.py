@@ -171,7 +171,7 @@ class Tally:
     def _add(self, name, values, document):  # values (N, L)
         self.sums[name].index_add_(0, document, values.double())
 
-# %% ../../nbs/51_predictors.baselines.ipynb #c39b8e32
+# %% ../../nbs/51_predictors.baselines.ipynb #28a458b1
 def _update(
     self,
     scores: Tensor,  # (N, L, E), higher is likelier

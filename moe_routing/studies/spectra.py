@@ -334,7 +334,7 @@ def difference_over_time(
         columns[f"{100 * share:g} %"] = pd.Series(said, index=table.router)
     return informative(pd.DataFrame(columns).rename_axis("variant").reset_index())
 
-# %% ../../nbs/75_studies.spectra.ipynb #5f7f5266
+
 def measure_table(
     runs: pd.DataFrame,  # of one setting, from `at_share`
 ) -> pd.DataFrame:  # text: mean [95 % interval] / random value
@@ -370,7 +370,7 @@ def _panels(there: list[str]):
         ax.set_axis_off()
     return fig, axes.flat
 
-# %% ../../nbs/75_studies.spectra.ipynb #595281c7
+
 def draw_trends(
     runs: pd.DataFrame,  # of one setting
     log: pd.DataFrame,  # from `measures_of`
@@ -393,7 +393,7 @@ def draw_trends(
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=6.5)
     return fig, t
 
-# %% ../../nbs/75_studies.spectra.ipynb #087c38dd
+# %% ../../nbs/75_studies.spectra.ipynb #595281c7
 def draw_layers(
     runs: pd.DataFrame,  # of one setting
     log: pd.DataFrame,  # from `measures_of`
@@ -443,7 +443,7 @@ def sweep_points(
     kept = runs.drop(columns=[c for c in swept if c in runs])
     return kept.assign(**{c: wide[c] for c in swept}, point=point, **measured, trained_cv=trained), swept
 
-# %% ../../nbs/75_studies.spectra.ipynb #0f3f94dc
+
 def sweep_table(
     runs: pd.DataFrame,  # from `study_runs`, of one group or more
 ) -> pd.DataFrame:  # point, val_loss, floor, demand_cv, excess_cv (low, high), worst_cv, cost (low, high), seeds
@@ -518,7 +518,7 @@ def _lines_of(table: pd.DataFrame, names: list[str]) -> tuple[str, pd.Series, pd
 
     return x, table[x].map(lambda v: usual.get(x, v) if v != v else v), table.apply(label, axis=1)
 
-# %% ../../nbs/75_studies.spectra.ipynb #54f701c7
+
 def _axis_of(axes, values: pd.Series) -> pd.Series:  # where each value lies
     "A logarithmic axis where the values ask for it; evenly spaced places where a 0 forbids it, or without numbers."
     plain = values.map(lambda v: isinstance(v, int | float) and not isinstance(v, bool)).all()
@@ -835,7 +835,7 @@ def domain_table(gains: pd.DataFrame) -> pd.DataFrame:  # from `domain_gains`
         rows.append({"domain": domain, "windows": x.shape[1], "gain": i.estimate, "low": i.low, "high": i.high})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/75_studies.spectra.ipynb #1a8e7f9e
+
 def contrast(
     first: np.ndarray,  # (S, W1)
     second: np.ndarray,  # (S, W2)
@@ -902,7 +902,7 @@ def long_table(table: pd.DataFrame) -> pd.DataFrame:  # from `by_length`
         rows.append({**row, "seconds": f"{part.seconds.mean():.1f}"})
     return informative(pd.DataFrame(rows), keep=("seeds", *LONG_MEASURES.values()))
 
-# %% ../../nbs/75_studies.spectra.ipynb #15deecb4
+
 def long_differences(
     table: pd.DataFrame,  # from `by_length`
     against: str = "spectra_no_gru",
