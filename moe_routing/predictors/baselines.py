@@ -478,7 +478,7 @@ class GateOn(Predictor):
         )
 
     def ties(self, batch):
-        "For the control, computed again in a batch of another shape: where the k-th and the next score differ by rounding."
+        "For the control, computed again in another batch shape: where the k-th and next score differ by rounding."
         if self.what != "own":
             return None
         hidden, experts = batch[self.at.column], batch["experts"]
