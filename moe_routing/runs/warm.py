@@ -237,9 +237,14 @@ def engine() -> str | None:
     "The name of papermill's engine: `warm`, made known to papermill, where a server listens, else None for its own."
     if not os.path.exists(os.environ.get(SOCKET, "")):
         return None
-    from papermill.engines import papermill_engines
+    from papermill.engines import NBClientEngine, papermill_engines
 
-    from moe_routing.runs._engine import WarmEngine
+    class WarmEngine(NBClientEngine):
+        "papermill's own engine with forked kernels."
+
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+            super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=WarmKernelManager, **kwargs)
 
     papermill_engines.register("warm", WarmEngine)
     return "warm"
