@@ -121,13 +121,13 @@ def _render(args) -> int:
         for study in [args.study] if args.study else report.published_studies():
             print("report:", report.publish_report(study), flush=True)
     elif args.verb == "bench":
-        from moe_routing.studies.benchmarks import run_benchmarks
+        from moe_routing.studies.benchmarks import measure_benchmarks
 
-        print(run_benchmarks(args.names))
+        print("report:", report.build_report(measure_benchmarks(args.names)))
     elif args.verb == "claims":
-        from moe_routing.studies.claims import publish_claims
+        from moe_routing.settings import find_root
 
-        print("claims:", publish_claims())
+        print("claims:", report.render("claims", find_root() / "papermill_runs" / "claims"))
     else:
         from moe_routing.studies.paper import write_paper
 

@@ -264,6 +264,7 @@ class Scorer(nn.Module):
     "Logits from hidden states by a linear map, in float32. Subclasses with more than a matrix override all methods."
 
     depth_shared = False  # one object for all layers of a model, or one a layer
+    options: type | None = None  # dataclass of the keyword parameters, of a router that takes them as **options
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .core import in_range, known
 from .settings import load_settings
-from .world import DOMAINS, _world_folder
+from .world import DOMAINS, world_folder
 
 # %% ../nbs/40_corpora.ipynb #cfea97f2
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def _read_lines(path: Path):
 # %% ../nbs/40_corpora.ipynb #24b1a806
 def _read_hub(hub: str, config: str | None, split: str, settings, streaming: bool = False):
     "The rows of a split on the hub, or of its copy in the hub's cache; streaming fetches only what is read."
+    place = f"{hub.split('/')[-1]}/{config + '/' if config else ''}{split}.jsonl"
     way_out = (
-        f"connect to the network once to fill the hub's cache, put the rows into {settings.data_dir} as {hub.split('/')[-1]}/"
-        f"{config + '/' if config else ''}{split}.jsonl, or use source='embedded'"
+        "connect to the network once to fill the hub's cache, "
+        f"put the rows into {settings.data_dir} as {place}, or use source='embedded'"
     )
     if not settings.hub:
         raise FileNotFoundError(
@@ -111,7 +112,7 @@ def _read_hub(hub: str, config: str | None, split: str, settings, streaming: boo
 
 # %% ../nbs/40_corpora.ipynb #ca7d8fb3
 def _resolve(name: str, split: str | None) -> tuple[DataSet, str, Path | None]:
-    "What a name stands for: a known data set, a .txt file, a folder or file of JSON lines, or a hub id `owner/name` or `owner/name:configuration`."
+    "What a name stands for: a known data set, a .txt file, a folder or file of JSON lines, or a hub id."
     if name in DATASETS:
         return DATASETS[name], split or DATASETS[name].split, None
     path = Path(name).expanduser()
@@ -130,7 +131,7 @@ def _resolve(name: str, split: str | None) -> tuple[DataSet, str, Path | None]:
         return DataSet(hub, config or None, "test", "text"), split or "test", None
     known(name, ["embedded", *DATASETS], "data set (or folder, or hub id owner/name)")
 
-
+# %% ../nbs/40_corpora.ipynb #b8752b83
 def _rows(name: str, source: str, split: str | None, settings, streaming: bool = False):
     "Rows in the hub's columns, where they came from, and the data set."
     known(source, SOURCES, "source")
@@ -139,8 +140,8 @@ def _rows(name: str, source: str, split: str | None, settings, streaming: bool =
         path, places = _local_file(name, data, split, settings.data_dir)
         if path is None and source == "local":
             raise FileNotFoundError(
-                f"data set {name!r}, split {split!r}: no local copy; looked for {', '.join(map(str, places))}. Put it there, set data_dir in "
-                "settings.ini, or use source='hub' or 'embedded'"
+                f"data set {name!r}, split {split!r}: no local copy; looked for {', '.join(map(str, places))}. "
+                "Put it there, set data_dir in settings.ini, or use source='hub' or 'embedded'"
             )
     if path is not None:
         return _read_lines(path), str(path), data
@@ -156,23 +157,6 @@ def _text_of(row: dict, data: DataSet, where: str) -> str:
     return " ".join(row[c].strip() for c in data.columns if row[c])
 
 
-def _embedded(name: str, split: str | None, settings) -> list[dict]:
-    "A part of the embedded world by the name of the data set that it stands in for."
-    if name == "embedded":
-        part = known(split or "test", ("train", "calibration", "test"), "split of the embedded world")
-    else:
-        part = DATASETS[
-            known(name, ["embedded", *(n for n, d in DATASETS.items() if d.embedded)], "data set in the embedded world")
-        ].embedded
-        if split and part == "test":
-            part = known(
-                {"validation": "calibration"}.get(split, split),
-                ("train", "calibration", "test"),
-                "split of the embedded world",
-            )
-    return list(_read_lines(_world_folder(settings) / f"{part}.jsonl"))
-
-
 def _first(records: list[dict], limit: int | None, seed: int | None, what: str) -> list[dict]:
     "The first `limit` records, or with a seed a random sample in the original order."
     if not records:
@@ -184,6 +168,19 @@ def _first(records: list[dict], limit: int | None, seed: int | None, what: str) 
         return records[:limit]
     return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), limit))]
 
+# %% ../nbs/40_corpora.ipynb #c56f2f4c
+def _embedded(name: str, split: str | None, settings) -> list[dict]:
+    "A part of the embedded world by the name of the data set that it stands in for."
+    splits, what = ("train", "calibration", "test"), "split of the embedded world"
+    if name == "embedded":
+        part = known(split or "test", splits, what)
+    else:
+        names = ["embedded", *(n for n, d in DATASETS.items() if d.embedded)]
+        part = DATASETS[known(name, names, "data set in the embedded world")].embedded
+        if split and part == "test":
+            part = known({"validation": "calibration"}.get(split, split), splits, what)
+    return list(_read_lines(world_folder(settings) / f"{part}.jsonl"))
+
 # %% ../nbs/40_corpora.ipynb #c425f26a
 def _as_word(row: dict) -> dict | None:
     "Split a text before its last word; None when there is nothing before it."
@@ -191,31 +188,24 @@ def _as_word(row: dict) -> dict | None:
     context = text[: len(text) - len(text.split()[-1])].rstrip() if text else ""
     return dict(text=text, context=context, word=text.split()[-1], kind="all") if context else None
 
+# %% ../nbs/40_corpora.ipynb #fe65b048
+def _without_marks(text: str) -> str:
+    "A text of HellaSwag without the marks that are left from the WikiHow pages."
+    return " ".join(re.sub(r"\[.*?\]", "", text.replace(" [title]", ". ")).split())
+
 
 def _as_choice(row: dict) -> dict:
     "One question in the columns of HellaSwag, ARC, WinoGrande or PIQA as context(s), endings and label."
     if "endings" in row:
-
-        def tidy(text):
-            return " ".join(
-                re.sub(r"\[.*?\]", "", text.replace(" [title]", ". ")).split()
-            )  # marks left from the WikiHow pages
-
-        return dict(context=tidy(row["ctx"]), endings=[tidy(e) for e in row["endings"]], label=row["label"])
+        endings = [_without_marks(e) for e in row["endings"]]
+        return dict(context=_without_marks(row["ctx"]), endings=endings, label=row["label"])
     if "answerKey" in row:
-        return dict(
-            context=f"Question: {row['question']}\nAnswer:",
-            endings=list(row["choices"]["text"]),
-            label=list(row["choices"]["label"]).index(row["answerKey"]),
-        )
+        endings, label = list(row["choices"]["text"]), list(row["choices"]["label"]).index(row["answerKey"])
+        return dict(context=f"Question: {row['question']}\nAnswer:", endings=endings, label=label)
     if "option1" in row:
         before, after = row["sentence"].split("_", 1)
-        return dict(
-            context=before.strip(),
-            contexts=[before + row["option1"], before + row["option2"]],
-            endings=[after.strip()] * 2,
-            label=int(row["answer"]) - 1,
-        )
+        contexts, endings = [before + row["option1"], before + row["option2"]], [after.strip()] * 2
+        return dict(context=before.strip(), contexts=contexts, endings=endings, label=int(row["answer"]) - 1)
     if "sol1" in row:
         return dict(context=f"Question: {row['goal']}\nAnswer:", endings=[row["sol1"], row["sol2"]], label=row["label"])
     raise ValueError(f"these rows are no multiple choice that is understood here; columns are {', '.join(row)}")
@@ -233,38 +223,41 @@ PROMPTS = {
         "When the road is wet, a car needs a longer distance to stop, because the tyres find less grip.",
     ),
     "complex": (
-        "If every guest shakes hands with every other guest exactly once, then a party of four people has six handshakes, and a party of five has ten.",
-        "The treaty was signed by both sides, yet neither trusted the other, and so each kept an army at the border for another twenty years.",
-        "A sorted list can be searched by looking at the middle first and leaving out the half in which the word cannot be.",
+        "If every guest shakes hands with every other guest exactly once, then a party of four people has six "
+        "handshakes, and a party of five has ten.",
+        "The treaty was signed by both sides, yet neither trusted the other, and so each kept an army at the border "
+        "for another twenty years.",
+        "A sorted list can be searched by looking at the middle first and leaving out the half in which the word "
+        "cannot be.",
     ),
     "mixed": (
         "def mean(values):\n    total = sum(values)\n    return total / len(values)",
         "Tom has 12 apples. He gives 5 to Ann and buys 3 more. 12 - 5 = 7, and 7 + 3 = 10, so he has 10 apples.",
-        "Dear editor, in your article of last Monday the table on the second page does not add up: the shares come to 104 percent, not to 100.",
+        "Dear editor, in your article of last Monday the table on the second page does not add up: the shares come "
+        "to 104 percent, not to 100.",
     ),
 }
 
 # %% ../nbs/40_corpora.ipynb #c5323035
+def _prompts() -> list[dict]:
+    "The twelve prompts as records; the domain is the level of complexity."
+    rows = [(level, text) for level, texts in PROMPTS.items() for text in texts]
+    return [dict(id=i, text=text, domain=level) for i, (level, text) in enumerate(rows)]
+
+# %% ../nbs/40_corpora.ipynb #d5b0a8a0
 def load_text(
-    name: str = "wikitext",  # wikitext, lambada, imdb, squad, ... (keys of DATASETS), prompts, embedded; a .txt file; a folder or .jsonl file with a column `text`; a hub id owner/name[:configuration]
+    name: str = "wikitext",  # a key of DATASETS, prompts, embedded; a .txt or .jsonl file, a folder; a hub id
     source: str = "embedded",  # embedded, local, hub, or auto: the local copy when there is one, else the hub
     split: str | None = None,  # default: the split that is evaluated
     limit: int | None = 200,  # at most so many texts; None: all
     seed: int | None = None,  # None: the first ones; a number: a random sample
     settings=None,  # of `load_settings`; read when not given
 ) -> list[dict]:  # records with id, text, domain; for lambada also context, word, kind
-    "Texts to measure perplexity or last words on. Raises ValueError or FileNotFoundError that names what is missing and the way out."
+    """Texts for perplexity or last words. A file or folder has a column `text`, a hub id is owner/name[:part].
+    ValueError or FileNotFoundError name what is missing and the way out."""
     settings = settings or load_settings()
     if name == "prompts":
-        return _first(
-            [
-                dict(id=i, text=t, domain=level)
-                for i, (level, t) in enumerate((l, t) for l, ts in PROMPTS.items() for t in ts)
-            ],
-            limit,
-            seed,
-            name,
-        )
+        return _first(_prompts(), limit, seed, name)
     if known(source, SOURCES, "source") == "embedded" or name == "embedded":
         return _first(_embedded(name, split, settings), limit, seed, name)
     rows, where, data = _rows(name, source, split, settings)
@@ -282,48 +275,44 @@ def load_text(
     return _first(records, limit, seed, where)
 
 # %% ../nbs/40_corpora.ipynb #c9f0c5a9
+def _part_rows(name: str, source: str, split: str | None, settings):
+    "The rows of one split, where they came from, the data set, and the name of the split."
+    if known(source, SOURCES, "source") == "embedded" or name == "embedded":
+        return _embedded(name, split, settings), name, DataSet(name, None, "test", "text"), split or "test"
+    rows, where, data = _rows(name, source, split, settings, streaming=True)
+    if data.kind == "choices":
+        raise ValueError(f"data set {name!r} is multiple choice: it has no running text")
+    return rows, where, data, split or data.split
+
+# %% ../nbs/40_corpora.ipynb #53ae3e1b
 def stream_text(
     name: str,  # as for `load_text`; "embedded:story" is one domain of the embedded world
     source: str = "auto",  # as for `load_text`
     split: str | None = None,  # default: the split that is evaluated; "calibration+test" reads one after the other
-    settings=None,
+    settings=None,  # of `load_settings`; read when not given
 ):  # iterator of records with id, text, domain, document
-    "The texts of a data set one at a time, in the order of their source; empty ones are left out. Raises like `load_text`."
-    settings, (name, _, domain) = (
-        settings or load_settings(),
-        name.partition(":") if name.startswith("embedded:") else (name, "", ""),
-    )
-    if domain:
+    "The texts of a data set one at a time, in the order of their source, no empty ones. Raises like `load_text`."
+    settings, domain = settings or load_settings(), ""
+    if name.startswith("embedded:"):
+        name, _, domain = name.partition(":")
         known(domain, DOMAINS, "domain of the embedded world")
-    for part in split.split("+") if split else (None,):
-        if known(source, SOURCES, "source") == "embedded" or name == "embedded":
-            rows, where, data, part = (
-                _embedded(name, part, settings),
-                name,
-                DataSet(name, None, "test", "text"),
-                part or "test",
-            )
-        else:
-            rows, where, data = _rows(name, source, part, settings, streaming=True)
-            part = part or data.split
-        if data.kind == "choices":
-            raise ValueError(f"data set {name!r} is multiple choice: it has no running text")
+    for wanted in split.split("+") if split else (None,):
+        rows, where, data, part = _part_rows(name, source, wanted, settings)
         for i, row in enumerate(rows):
             if domain and row["domain"] != domain or not (text := _text_of(row, data, where)).strip():
                 continue
-            document = (
-                f"{part}:{i if data.document is None else hashlib.sha256(row[data.document].encode()).hexdigest()[:12]}"
-            )
-            yield dict(id=f"{part}:{i}", text=text, domain=row.get("domain", Path(name).name), document=document)
+            shared = i if data.document is None else hashlib.sha256(row[data.document].encode()).hexdigest()[:12]
+            place = row.get("domain", Path(name).name)
+            yield dict(id=f"{part}:{i}", text=text, domain=place, document=f"{part}:{shared}")
 
 # %% ../nbs/40_corpora.ipynb #c354be10
 def load_choices(
-    name: str = "hellaswag",  # hellaswag, arc_challenge, arc_easy, winogrande, piqa; a folder or file in one of their columns; a hub id
+    name: str = "hellaswag",  # or arc_challenge, arc_easy, winogrande, piqa; a file in their columns; a hub id
     source: str = "embedded",  # as for `load_text`
-    split: str | None = None,
-    limit: int | None = 200,
-    seed: int | None = None,
-    settings=None,
+    split: str | None = None,  # default: the split that is evaluated
+    limit: int | None = 200,  # at most so many questions; None: all
+    seed: int | None = None,  # None: the first ones; a number: a random sample
+    settings=None,  # of `load_settings`; read when not given
 ) -> list[dict]:  # records with id, context, endings, label, kind; text = context + " " + ending
     "Multiple-choice questions. WinoGrande has one ending and two `contexts`. Raises like `load_text`."
     settings = settings or load_settings()
@@ -349,9 +338,9 @@ def load_corpus(
     name: str = "embedded",  # embedded, or what `load_text` takes
     split: str = "train",  # train, calibration, test; validation for data sets that have it
     source: str = "auto",  # as for `load_text`; the embedded world needs none
-    limit: int | None = None,
-    seed: int | None = None,
-    settings=None,
+    limit: int | None = None,  # at most so many documents; None: all
+    seed: int | None = None,  # None: the first ones; a number: a random sample
+    settings=None,  # of `load_settings`; read when not given
 ) -> list[dict]:  # documents with id, text, domain
     "All documents of a split, for training, for traces and for comparing domains. Raises like `load_text`."
     return load_text(name, source, split, limit, seed, settings)
@@ -359,11 +348,11 @@ def load_corpus(
 # %% ../nbs/40_corpora.ipynb #cf62ed53
 def load_calibration(
     source: str = "embedded",  # where the evaluated text comes from: embedded, local, hub, auto
-    limit: int | None = 200,
-    seed: int | None = None,
-    settings=None,
+    limit: int | None = 200,  # at most so many texts; None: all
+    seed: int | None = None,  # None: the first ones; a number: a random sample
+    settings=None,  # of `load_settings`; read when not given
 ) -> list[dict]:  # records with id, text, domain
-    "Texts to fit nulls and other calibrated quantities on; never a text that any `load_text` or `load_choices` evaluates by default."
+    "Texts to fit nulls on; none that `load_text` or `load_choices` evaluates by default. Raises like `load_text`."
     return load_text("wikitext", source, "calibration" if source == "embedded" else "train", limit, seed, settings)
 
 # %% ../nbs/40_corpora.ipynb #c76f3a39
@@ -394,6 +383,7 @@ def check_disjoint(
     mine, theirs = parts(calibration), parts(evaluation)
     if shared := sorted(mine & theirs):
         raise ValueError(
-            f"calibration and evaluation share {len(shared)} texts, the first is {shared[0][:60]!r}: use load_calibration, or another split"
+            f"calibration and evaluation share {len(shared)} texts, the first is {shared[0][:60]!r}: "
+            "use load_calibration, or another split"
         )
     return len(mine) + len(theirs)

@@ -11,18 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-# %% ../nbs/21_experts.ipynb #cdbc2fe2
-@torch.library.custom_op("moe_routing::plan", mutates_args=())
-def plan_op(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    flat = experts.reshape(-1)
-    sizes = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].clone()
-    return flat.sort(stable=True).indices, sizes
-
-
-@plan_op.register_fake
-def _(experts, num_experts):
-    return (experts.new_empty(experts.numel(), dtype=torch.int64), experts.new_empty(num_experts, dtype=torch.int64))
-
 # %% ../nbs/21_experts.ipynb #ce791920
 def plan_slots(
     experts: Tensor,  # (T, K) int64, unused slots hold E
@@ -38,6 +26,19 @@ def plan_slots(
         return flat.sort(stable=True).indices, counts[:-1]
     keep = (flat < num_experts).nonzero().squeeze(1)
     return keep[flat[keep].sort(stable=True).indices], counts[:-1]
+
+# %% ../nbs/21_experts.ipynb #cdbc2fe2
+@torch.library.custom_op("moe_routing::plan", mutates_args=())
+def plan_op(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    "All slots of experts (T, K) sorted by expert, unused ones last, and the number of slots of each expert (E,)."
+    flat = experts.reshape(-1)
+    sizes = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].clone()
+    return flat.sort(stable=True).indices, sizes
+
+
+@plan_op.register_fake
+def _(experts, num_experts):
+    return (experts.new_empty(experts.numel(), dtype=torch.int64), experts.new_empty(num_experts, dtype=torch.int64))
 
 # %% ../nbs/21_experts.ipynb #c324b99c
 def _grouped(x: Tensor) -> bool:
@@ -70,7 +71,10 @@ def _segment_outer(a: Tensor, b: Tensor, sizes: Tensor) -> Tensor:
     used = sum(sizes)
     out = a.new_empty(len(sizes), a.shape[1], b.shape[1])
     for x, y, o, n in zip(a[:used].split(sizes), b[:used].split(sizes), out.unbind(0), sizes):
-        torch.mm(x.t(), y, out=o) if n else o.zero_()
+        if n:
+            torch.mm(x.t(), y, out=o)
+        else:
+            o.zero_()
     return out
 
 # %% ../nbs/21_experts.ipynb #cfb8fb79
@@ -104,6 +108,7 @@ def _(hidden, weight, bias, rows, sizes):
 def dispatch_backward_op(
     grad: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor, sizes: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    "Gradients of hidden (N, A), weight (E, A, B) and bias (E, B), from that of the output (S, B)."
     grad = grad.contiguous()
     into = hidden.new_zeros(hidden.shape).index_add_(0, rows, _segment_mm(grad, weight.transpose(1, 2), sizes))
     outer = _segment_outer(grad, hidden.index_select(0, rows), sizes).transpose(1, 2)
@@ -121,6 +126,7 @@ def _(grad, hidden, weight, rows, sizes, has_bias):
 
 # %% ../nbs/21_experts.ipynb #c6c734c4
 def _dispatch_save(ctx, inputs, output):
+    "Keep what the gradient needs."
     hidden, weight, bias, rows, sizes = inputs
     ctx.save_for_backward(hidden, weight, rows, sizes)
     ctx.has_bias = bias is not None
@@ -175,6 +181,7 @@ def _(mid, weight, bias, weights, slots, sizes):
 def combine_backward_op(
     grad: Tensor, mid: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor, slots: Tensor, sizes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Gradients of mid (S, A), weight (E, A, H), bias (E, H) and weights (T, K), from that of the output (T, H)."
     rows = grad.index_select(0, slots // weights.shape[1])  # the gradient at each slot's token
     back = _segment_mm(rows, weight.transpose(1, 2), sizes)  # D^T G
     along = (back * mid).sum(-1, dtype=_wide(mid.dtype))
@@ -258,24 +265,19 @@ def ragged_experts(
     "Dispatch, run and combine the used slots only; gradients reach hidden, weights and all parameters."
     up, up_bias, down, down_bias = _declared(module)
     slots, sizes = plan_slots(experts, up.shape[0])
-    if torch.is_autocast_enabled(
-        hidden.device.type
-    ):  # products in autocast's precision, as in any other matrix product under it
+    if torch.is_autocast_enabled(hidden.device.type):  # products in its precision, as any other under it
         low = torch.get_autocast_dtype(hidden.device.type)
         up, up_bias, down, down_bias = (p if p is None else p.to(low) for p in (up, up_bias, down, down_bias))
     x = hidden.to(up.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        long = (
-            not torch.compiler.is_compiling() and len(slots) >= 128 * len(sizes) and up.dtype == module.down_proj.dtype
-        )
-        if long and not (torch.is_grad_enabled() or _grouped(hidden)):
+        long = len(slots) >= 128 * len(sizes) and up.dtype == module.down_proj.dtype
+        if long and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() or _grouped(hidden)):
             return _by_segment(module, x, weights, slots, sizes).to(hidden.dtype)
         mid = _middle(module, dispatch_op(x, up, up_bias, slots // experts.shape[1], sizes))
         if not module.has_post_expert_norm:
             return combine_op(mid.to(down.dtype), down, down_bias, weights, slots, sizes).to(hidden.dtype)
-        y = module.post_expert_norm(
-            dispatch_op(mid, down, down_bias, torch.arange(len(slots), device=mid.device), sizes)
-        )
+        every = torch.arange(len(slots), device=mid.device)
+        y = module.post_expert_norm(dispatch_op(mid, down, down_bias, every, sizes))
         return _gather_sum(y, weights, slots).to(hidden.dtype)
 
 

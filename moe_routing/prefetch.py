@@ -39,12 +39,33 @@ POLICIES = {
     "belady": "evicts what is used farthest in the future: a bound",
 }
 
+# %% ../nbs/52_prefetch.ipynb #8d41c6b7
+_ASKED = ("policy", "scope", "capacity", "prefetch", "horizon")
+_COUNTS = (
+    *_ASKED,
+    "accesses",
+    "hits",
+    "misses",
+    "hit_rate",
+    "fetched",
+    "useful",
+    "useful_ratio",
+    "collisions",
+    "loads",
+)
+_COUNTS += ("bytes",)
+
+
+def _share(part: int, all: int, nothing):
+    "A share, or `nothing` where there is nothing to share."
+    return part / all if all else nothing
+
 # %% ../nbs/52_prefetch.ipynb #cfea97f2
 @dataclass(frozen=True)
 class Replay:
     "What one policy did on one trace; made by `replay`."
 
-    policy: str
+    policy: str  # one of POLICIES
     scope: str  # "layer" or "global"
     capacity: int  # experts: of each layer, or of all
     prefetch: int  # experts fetched ahead for each step, at most
@@ -57,75 +78,27 @@ class Replay:
     collisions: int  # misses on an expert that was evicted since this token's forward began
     demand: np.ndarray = field(repr=False)  # (T L,) demand loads of each step: its misses
     speculative: np.ndarray = field(repr=False)  # (T L,) speculative loads issued while the step is computed
-    waits: np.ndarray = field(
-        repr=False
-    )  # (T L,) the last speculative load the step makes first use of, as step << 16 | place in its batch; -1: none
+    waits: np.ndarray = field(repr=False)  # (T L,) last speculative load first used: step << 16 | place; -1: none
     sample_accesses: np.ndarray = field(repr=False)  # (S,) accesses of each sample
     sample_misses: np.ndarray = field(repr=False)  # (S,)
     sample_tokens: np.ndarray = field(repr=False)  # (S,)
 
-    @property
-    def accesses(self) -> int:
-        "Used slots of the trace."
-        return int(self.sample_accesses.sum())
-
-    @property
-    def misses(self) -> int:
-        "Accesses that found nothing: demand loads."
-        return int(self.sample_misses.sum())
-
-    @property
-    def hits(self) -> int:
-        "Accesses that found their expert."
-        return self.accesses - self.misses
-
-    @property
-    def hit_rate(self) -> float:
-        "hits / accesses"
-        return self.hits / self.accesses if self.accesses else float("nan")
-
-    @property
-    def fetched(self) -> int:
-        "Speculative loads."
-        return int(self.speculative.sum())
-
-    @property
-    def loads(self) -> int:
-        "Demand and speculative loads."
-        return self.misses + self.fetched
-
-    @property
-    def bytes(self) -> float:
-        "Moved in total."
-        return self.loads * self.expert_bytes
+    accesses = property(lambda self: int(self.sample_accesses.sum()), doc="Used slots of the trace.")
+    misses = property(lambda self: int(self.sample_misses.sum()), doc="Accesses that found nothing: demand loads.")
+    hits = property(lambda self: self.accesses - self.misses, doc="Accesses that found their expert.")
+    hit_rate = property(lambda self: _share(self.hits, self.accesses, float("nan")), doc="hits / accesses")
+    fetched = property(lambda self: int(self.speculative.sum()), doc="Speculative loads.")
+    loads = property(lambda self: self.misses + self.fetched, doc="Demand and speculative loads.")
+    bytes = property(lambda self: self.loads * self.expert_bytes, doc="Moved in total.")
 
     @property
     def useful_ratio(self) -> float | None:
-        """Share of the speculative loads that were used before eviction.
-
-        One still unused at the end counts as not used. None without any."""
-        return self.useful / self.fetched if self.fetched else None
+        "Share of the speculative loads that were used before eviction; unused at the end counts as not used."
+        return _share(self.useful, self.fetched, None)
 
     def as_dict(self) -> dict:
         "Counts and rates, as JSON can hold them."
-        names = (
-            "policy",
-            "scope",
-            "capacity",
-            "prefetch",
-            "horizon",
-            "accesses",
-            "hits",
-            "misses",
-            "hit_rate",
-            "fetched",
-            "useful",
-            "useful_ratio",
-            "collisions",
-            "loads",
-            "bytes",
-        )
-        return {n: getattr(self, n) for n in names} | {"loads_per_token": self.loads / self.num_tokens}
+        return {n: getattr(self, n) for n in _COUNTS} | {"loads_per_token": self.loads / self.num_tokens}
 
 # %% ../nbs/52_prefetch.ipynb #c859d7d1
 class _Store:
@@ -167,40 +140,42 @@ class _Store:
         else:
             self.enter(self.members(low, low + len(bonus)))
 
-    def add(self, i: int) -> None:
-        self.cached[i] = 1
-        self.size += 1
-        if self.rng is None:
-            self.enter((i,))
-        else:
-            self.place[i] = len(self.slots)
-            self.slots.append(i)
+# %% ../nbs/52_prefetch.ipynb #8ed31791
+def _add(store: _Store, i: int) -> None:
+    "Put an item into the cache."
+    store.cached[i] = 1
+    store.size += 1
+    if store.rng is None:
+        store.enter((i,))
+    else:
+        store.place[i] = len(store.slots)
+        store.slots.append(i)
 
-    def drop(self, i: int, token: int) -> None:
-        self.cached[i] = self.fresh[i] = 0
-        self.size -= 1
-        self.gone[i] = token
-        if self.rng is not None:
-            self.slots[self.place[i]] = self.slots[-1]
-            self.place[self.slots.pop()] = self.place[i]
 
-    def clear(self) -> None:
-        for i in list(self.members()):
-            self.drop(i, -1)
-        self.heap.clear()
-        self.gone = [-1] * self.items
+def _drop(store: _Store, i: int, token: int) -> None:
+    "Take an item out of the cache, while a token is served."
+    store.cached[i] = store.fresh[i] = 0
+    store.size -= 1
+    store.gone[i] = token
+    if store.rng is not None:
+        store.slots[store.place[i]] = store.slots[-1]
+        store.place[store.slots.pop()] = store.place[i]
+
+
+def _clear(store: _Store) -> None:
+    "Empty the cache."
+    for i in list(store.members()):
+        _drop(store, i, -1)
+    store.heap.clear()
+    store.gone = [-1] * store.items
 
 # %% ../nbs/52_prefetch.ipynb #c3bb6fcc
 def _lowest(store: _Store, count: int, guard: int, forced: bool) -> list[int]:
     """The items to evict: neither pinned at or after `guard` nor held; held ones when forced and there are no others.
 
     May be fewer than `count`."""
-    items = store.items
-    rank = store.rank
-    cached = store.cached
-    pinned = store.pinned
-    held = store.held
-    heap = store.heap
+    items, rank, cached = store.items, store.rank, store.cached
+    pinned, held, heap = store.pinned, store.held, store.heap
     aside, found = [], []
     while heap and len(found) < count:
         k = heappop(heap)
@@ -219,7 +194,7 @@ def _lowest(store: _Store, count: int, guard: int, forced: bool) -> list[int]:
             heappush(heap, k)
     return found
 
-
+# %% ../nbs/52_prefetch.ipynb #ae622b79
 def _any(store: _Store, guard: int, forced: bool) -> int:
     "Any item that may go, with equal probability; -1: none."
     for _ in range(8):  # most draws are allowed; only a nearly pinned cache needs the list
@@ -235,11 +210,11 @@ def _evict(store: _Store, count: int, guard: int, forced: bool, token: int) -> N
     "Evict so many items, or as many as may go."
     if store.rng is None:
         for i in _lowest(store, count, guard, forced):
-            store.drop(i, token)
+            _drop(store, i, token)
     else:
         for _ in range(count):
             if store.slots and (i := _any(store, guard, forced)) >= 0:
-                store.drop(i, token)
+                _drop(store, i, token)
 
 
 def _refill(store: _Store, need: list, token: int) -> None:
@@ -248,10 +223,24 @@ def _refill(store: _Store, need: list, token: int) -> None:
     keep = set(pool[-store.capacity :] if store.rng is None else store.rng.sample(pool, store.capacity))
     for i in list(store.members()):
         if i not in keep:
-            store.drop(i, token)
+            _drop(store, i, token)
     for i in keep:
         if not store.cached[i]:
-            store.add(i)
+            _add(store, i)
+
+
+def _load_missed(store: _Store, need: list, missed: list, step: int, token: int) -> int:
+    "Load what a step missed; the number of collisions, items that were evicted for this very token."
+    gone = store.gone
+    collisions = sum(gone[i] == token for i in missed)
+    if len(need) > store.capacity:
+        _refill(store, need, token)
+        return collisions
+    if (short := len(missed) + store.size - store.capacity) > 0:
+        _evict(store, short, step, True, token)
+    for i in missed:
+        _add(store, i)
+    return collisions
 
 # %% ../nbs/52_prefetch.ipynb #c7139af9
 @dataclass
@@ -275,7 +264,7 @@ def _rows(array: np.ndarray, block: int = 4096):
     for start in range(0, len(array), block):
         yield from array[start : start + block].tolist()
 
-
+# %% ../nbs/52_prefetch.ipynb #39f350d4
 def _fetch(store: _Store, wanted: list, guard: int, issue: int, token: int) -> int:
     "Hold what is predicted and load what is missing; the number of loads."
     count = 0
@@ -285,10 +274,25 @@ def _fetch(store: _Store, wanted: list, guard: int, issue: int, token: int) -> i
     if (short := len(missing) + store.size - store.capacity) > 0:
         _evict(store, short, guard, False, token)
     for i in missing[: store.capacity - store.size]:
-        store.add(i)
+        _add(store, i)
         store.fresh[i], store.source[i] = 1, issue << 16 | count
         count += 1
     return count
+
+
+def _fetches(s: _Stream, store: _Store, speculative: np.ndarray):
+    "A generator whose each `next` issues the fetches that fall due at a step, and lets go of those it has waited for."
+    lag, overlap, items = -(-s.horizon // s.stride), s.horizon % s.stride == 0, store.items
+    pending = deque(repeat([], lag - 1))
+    for j, guess in enumerate(chain(_rows(s.guesses[lag - 1 :]), repeat([]))):
+        wanted = [i for i in guess if i < items]
+        pending.append(wanted)
+        if wanted:
+            issue = (j + lag - 1) * s.stride + s.base - s.horizon
+            speculative[issue] += _fetch(store, wanted, j - overlap, issue, issue // s.num_layers)
+        for i in pending.popleft():
+            store.held[i] -= 1
+        yield
 
 # %% ../nbs/52_prefetch.ipynb #c50649c2
 def _serve(
@@ -297,31 +301,16 @@ def _serve(
     "Replay one stream: misses and waits of each step, useful fetches, collisions. Adds to `speculative` (T L,)."
     n, items = len(s.needs), len(s.first)
     store = _Store(items, capacity, s.first, rng)
-    latest, rank, bonus, cached, fresh, pinned, held, heap = (
-        getattr(store, x) for x in ("latest", "rank", "bonus", "cached", "fresh", "pinned", "held", "heap")
-    )
-    lag, overlap = -(-s.horizon // s.stride), s.horizon % s.stride == 0
-    pending = deque(repeat([], lag - 1))
-    guesses = None if s.guesses is None else chain(_rows(s.guesses[lag - 1 :]), repeat([]))
-    full = bool((s.needs < items).all())
-    misses = [0] * n
-    waits = [-1] * n
-    useful = 0
-    collisions = 0
-    clear = s.clear.tolist()
+    latest, rank, bonus, cached = store.latest, store.rank, store.bonus, store.cached
+    fresh, pinned, heap = store.fresh, store.pinned, store.heap
+    fetches = repeat(None) if s.guesses is None else _fetches(s, store, speculative)
+    full, clear, misses, waits, useful, collisions = (s.needs < items).all(), s.clear.tolist(), [0] * n, [-1] * n, 0, 0
     for j, (need, ranks) in enumerate(zip(_rows(s.needs), _rows(s.ranks))):
         if clear[j]:
-            store.clear()
+            _clear(store)
         if s.moves:
             s.moves(store, j, False)
-        if guesses is not None:
-            wanted = [i for i in next(guesses) if i < items]
-            pending.append(wanted)
-            if wanted:
-                issue = (j + lag - 1) * s.stride + s.base - s.horizon
-                speculative[issue] += _fetch(store, wanted, j - overlap, issue, issue // s.num_layers)
-            for i in pending.popleft():
-                held[i] -= 1
+        next(fetches)
         if s.moves:
             s.moves(store, j, True)
         if not full:
@@ -339,18 +328,8 @@ def _serve(
                 rank[i] = k = k + bonus[i]
                 heappush(heap, k)
         if missed:
-            token = (j * s.stride + s.base) // s.num_layers
             misses[j] = len(missed)
-            gone = store.gone
-            for i in missed:
-                collisions += gone[i] == token
-            if len(need) > capacity:
-                _refill(store, need, token)
-            else:
-                if (short := len(missed) + store.size - capacity) > 0:
-                    _evict(store, short, j, True, token)
-                for i in missed:
-                    store.add(i)
+            collisions += _load_missed(store, need, missed, j, (j * s.stride + s.base) // s.num_layers)
         if len(heap) > 4 * store.size + 1024:
             store.rebuild()
     return np.array(misses), np.array(waits), useful, collisions
@@ -430,10 +409,8 @@ def _checked(experts, num_experts: int, sample) -> tuple[np.ndarray, np.ndarray]
     if not x.size:
         raise ValueError(f"experts of shape {x.shape} hold no access: an empty trace cannot be replayed")
     if x.min() < 0 or x.max() > num_experts:
-        raise ValueError(
-            f"experts holds id {x.min() if x.min() < 0 else x.max()}, outside 0..{num_experts} ({num_experts} marks "
-            "an unused slot)"
-        )
+        bad = x.min() if x.min() < 0 else x.max()
+        raise ValueError(f"experts holds id {bad}, outside 0..{num_experts} ({num_experts} marks an unused slot)")
     if (x == num_experts).all():
         raise ValueError("every slot of experts is unused: an empty trace cannot be replayed")
     ids = np.sort(x, -1)
@@ -448,7 +425,7 @@ def _checked(experts, num_experts: int, sample) -> tuple[np.ndarray, np.ndarray]
         raise ValueError("the tokens of a sample must follow each other: sort tokens by sample (stable) first")
     return x, begins.cumsum() - 1
 
-# %% ../nbs/52_prefetch.ipynb #01ec7a28
+# %% ../nbs/52_prefetch.ipynb #3fa2be50
 def _guesses(predicted, shape: tuple, num_experts: int) -> np.ndarray:
     "Predictions (T, L, M) as int64; ValueError when they do not belong to this trace."
     p = np.asarray(predicted).astype(np.int64)
@@ -458,13 +435,49 @@ def _guesses(predicted, shape: tuple, num_experts: int) -> np.ndarray:
             "the same tokens, in order"
         )
     if p.size and (p.min() < 0 or p.max() > num_experts):
-        raise ValueError(
-            f"predicted holds id {p.min() if p.min() < 0 else p.max()}, outside 0..{num_experts} ({num_experts} "
-            "marks no guess)"
-        )
+        bad = p.min() if p.min() < 0 else p.max()
+        raise ValueError(f"predicted holds id {bad}, outside 0..{num_experts} ({num_experts} marks no guess)")
     return p
 
 # %% ../nbs/52_prefetch.ipynb #cbf5da5e
+@dataclass
+class _Setting:
+    "A replay's arguments, checked and as arrays."
+
+    x: np.ndarray  # (T, L, K) experts, E where unused
+    s: np.ndarray  # (T,) samples, numbered from 0
+    E: int
+    policy: str
+    capacity: int
+    scope: str
+    p: np.ndarray | None  # (T, L, M) predictions
+    prefetch: int
+    horizon: int
+    clear: bool
+    frequency: np.ndarray | None  # (L, E)
+
+
+def _check_setting(a: _Setting) -> None:
+    "ValueError names what is wrong with the parameters."
+    (T, L, _), E, p = a.x.shape, a.E, a.p
+    if p is None and (a.prefetch or a.policy == "predicted"):
+        raise ValueError(
+            f"policy {a.policy!r} with prefetch = {a.prefetch} needs predicted, the ranked experts (T, L, M)"
+        )
+    if a.policy == "none" and a.prefetch:
+        raise ValueError(
+            f"prefetch = {a.prefetch}, but policy 'none' has no cache to fetch into: choose another policy"
+        )
+    in_range(whole(a.capacity, "capacity"), 1, E if a.scope == "layer" else L * E, "capacity")
+    in_range(whole(a.horizon, "horizon"), 1, T * L, "horizon")
+    most = 0 if p is None else min(a.capacity, p.shape[-1])
+    in_range(whole(a.prefetch, "prefetch"), 0, most, "prefetch (at most capacity, and the places of predicted)")
+    if a.policy == "static" and a.frequency is None:
+        raise ValueError("policy 'static' needs frequency (L, E): expert_frequency counts it on training samples")
+    if a.policy == "static" and a.frequency.shape != (L, E):
+        raise ValueError(f"frequency has shape {a.frequency.shape}, the trace needs {(L, E)}")
+
+# %% ../nbs/52_prefetch.ipynb #16d88718
 def replay(
     experts: Tensor,  # (T, L, K) int, experts each token used in each layer, in order; E marks an unused slot
     num_experts: int,  # E
@@ -484,106 +497,66 @@ def replay(
     in_range(num_experts, 1, 2**31, "num_experts")
     known(policy, POLICIES, "cache policy")
     known(scope, ("layer", "global"), "cache scope")
-    (x, s), E = _checked(experts, num_experts, sample), num_experts
-    T, L, K = x.shape
-    p = None if predicted is None else _guesses(predicted, x.shape, E)
-    if p is None and (prefetch or policy == "predicted"):
-        raise ValueError(f"policy {policy!r} with prefetch = {prefetch} needs predicted, the ranked experts (T, L, M)")
-    if policy == "none" and prefetch:
-        raise ValueError(f"prefetch = {prefetch}, but policy 'none' has no cache to fetch into: choose another policy")
-    in_range(whole(capacity, "capacity"), 1, E if scope == "layer" else L * E, "capacity")
-    in_range(whole(horizon, "horizon"), 1, T * L, "horizon")
+    x, s = _checked(experts, num_experts, sample)
+    p = None if predicted is None else _guesses(predicted, x.shape, num_experts)
+    frequency = None if policy != "static" or frequency is None else np.asarray(frequency).astype(np.int64)
+    setting = _Setting(x, s, num_experts, policy, capacity, scope, p, prefetch, horizon, clear, frequency)
+    _check_setting(setting)
     in_range(expert_bytes, 0, float("inf"), "expert_bytes", open_high=True)
-    in_range(
-        whole(prefetch, "prefetch"),
-        0,
-        0 if p is None else min(capacity, p.shape[-1]),
-        "prefetch (at most capacity, and the places of predicted)",
-    )
-    if policy == "static":
-        if frequency is None:
-            raise ValueError("policy 'static' needs frequency (L, E): expert_frequency counts it on training samples")
-        frequency = np.asarray(frequency).astype(np.int64)
-        if frequency.shape != (L, E):
-            raise ValueError(f"frequency has shape {frequency.shape}, the trace needs {(L, E)}")
-    return _replay(x, s, E, policy, capacity, scope, p, prefetch, horizon, clear, frequency, expert_bytes, generator)
+    return _replay(setting, expert_bytes, generator)
 
 # %% ../nbs/52_prefetch.ipynb #ca28e8db
-def _replay(
-    x, s, E, policy, capacity, scope, p, prefetch, horizon, clear, frequency, expert_bytes, generator
-) -> Replay:
-    T, L, K = x.shape
-    begins = np.append(True, s[1:] != s[:-1])
+def _stream(a: _Setting, layers: slice, begins: np.ndarray, allowed: np.ndarray) -> _Stream:
+    "The stream of one cache: one layer, or all of them. `begins` (T,): a sample does; `allowed` (T, L): a guess is."
+    (T, L, K), E = a.x.shape, a.E
+    width, stride = (1, L) if a.scope == "layer" else (L, 1)
+    offset, items = np.arange(width)[:, None] * E, width * E
+    flatten = lambda v: np.where(v[:, layers] < E, v[:, layers] + offset, items).reshape(T * width, -1)
+    needs = flatten(a.x)
+    ranks, first = _ranks(needs, items, a.policy, None if a.frequency is None else a.frequency[layers].ravel())
+    clear = np.repeat(begins, width) & (np.tile(np.arange(width), T) == 0) & a.clear
+    stream = _Stream(needs, ranks, first, clear, L, stride, layers.start, a.horizon)
+    here = allowed[:, layers].reshape(-1, 1)
+    if a.prefetch:
+        stream.guesses = np.where(here, flatten(a.p[..., : a.prefetch]), items)
+    unit = (T * width * K + 2) * items
+    if a.policy == "least_stale" and a.scope == "global":
+        stream.moves = _forward_moves(L, E, unit)
+    if a.policy == "predicted":
+        ranked = a.p[:, layers].reshape(T * width, -1)
+        stream.moves = _predicted_moves(ranked, here.ravel(), E, unit, a.horizon // stride, width)
+    return stream
+
+# %% ../nbs/52_prefetch.ipynb #104b0c2a
+def _replay(a: _Setting, expert_bytes: float, generator: np.random.Generator | None) -> Replay:
+    "Replay the stream of each cache, and put their counts together."
+    x, (T, L, _) = a.x, a.x.shape
+    begins = np.append(True, a.s[1:] != a.s[:-1])
     position = np.arange(T) - np.maximum.accumulate(np.where(begins, np.arange(T), 0))
-    allowed = position[:, None] * L + np.arange(L) >= horizon  # (T, L) the prediction was made inside the sample
-    offset = np.arange(L)[:, None] * E
-    demand = np.zeros((T, L), dtype=np.int64)
-    waits = np.full((T, L), -1)
-    speculative = np.zeros(T * L, dtype=np.int64)
-    useful = 0
-    collisions = 0
-    if policy == "none":
-        demand = (x < E).sum(-1)
-    rng = Random(int((generator or np.random.default_rng(0)).integers(2**62))) if policy == "random" else None
-    # a stream is (layers, their first): one for each layer, or all together
-    for layers in (
-        () if policy == "none" else [slice(l, l + 1) for l in range(L)] if scope == "layer" else [slice(0, L)]
-    ):
-        width, stride = (1, L) if scope == "layer" else (L, 1)
-        flatten = lambda a: np.where(a[:, layers] < E, a[:, layers] + offset[:width], width * E).reshape(T * width, -1)
-        needs, own = flatten(x), None if frequency is None else frequency[layers].ravel()
-        ranks, first = _ranks(needs, width * E, policy, own)
-        guesses = (
-            np.where(allowed[:, layers].reshape(-1, 1), flatten(p[..., :prefetch]), width * E) if prefetch else None
-        )
-        stream = _Stream(
-            needs,
-            ranks,
-            first,
-            np.repeat(begins, width) & (np.tile(np.arange(width), T) == 0) & clear,
-            L,
-            stride,
-            layers.start,
-            horizon,
-            guesses,
-        )
-        unit = (T * width * K + 2) * width * E
-        if policy == "least_stale" and scope == "global":
-            stream.moves = _forward_moves(L, E, unit)
-        if policy == "predicted":
-            stream.moves = _predicted_moves(
-                p[:, layers].reshape(T * width, -1), allowed[:, layers].ravel(), E, unit, horizon // stride, width
-            )
-        missed, waited, good, hit_again = _serve(stream, capacity, speculative, rng)
+    allowed = position[:, None] * L + np.arange(L) >= a.horizon  # (T, L) the prediction was made inside the sample
+    demand, waits, speculative = np.zeros((T, L), dtype=np.int64), np.full((T, L), -1), np.zeros(T * L, dtype=np.int64)
+    useful = collisions = 0
+    caches = [slice(l, l + 1) for l in range(L)] if a.scope == "layer" else [slice(0, L)]
+    if a.policy == "none":
+        demand, caches = (x < a.E).sum(-1), []
+    rng = Random(int((generator or np.random.default_rng(0)).integers(2**62))) if a.policy == "random" else None
+    for layers in caches:
+        missed, waited, good, hit_again = _serve(_stream(a, layers, begins, allowed), a.capacity, speculative, rng)
         demand[:, layers], waits[:, layers] = missed.reshape(T, -1), waited.reshape(T, -1)
         useful, collisions = useful + good, collisions + hit_again
-    total = lambda v: np.bincount(s, v, minlength=s[-1] + 1).astype(np.int64)
-    return Replay(
-        policy,
-        scope,
-        capacity,
-        prefetch,
-        horizon,
-        T,
-        L,
-        E,
-        expert_bytes,
-        useful,
-        collisions,
-        demand.ravel(),
-        speculative,
-        waits.ravel(),
-        total((x < E).sum((1, 2))),
-        total(demand.sum(1)),
-        total(np.ones(T)),
-    )
+    total = lambda v: np.bincount(a.s, v, minlength=a.s[-1] + 1).astype(np.int64)
+    accesses, tokens = (x < a.E).sum((1, 2)), np.ones(T)
+    asked = (a.policy, a.scope, a.capacity, a.prefetch, a.horizon)
+    by_step = (demand.ravel(), speculative, waits.ravel())
+    by_sample = (total(accesses), total(demand.sum(1)), total(tokens))
+    return Replay(*asked, T, L, a.E, expert_bytes, useful, collisions, *by_step, *by_sample)
 
 # %% ../nbs/52_prefetch.ipynb #c28a6523
 def hit_rate_interval(
     a: Replay,
     b: Replay | None = None,  # compare with: a - b, paired
     documents=None,  # (S,) label of the document of each sample; default: a sample is a document
-    level: float = 0.95,
+    level: float = 0.95,  # of confidence
 ) -> Interval:  # of the hit rate, or of the difference
     """Hit rate, or difference of two, with an interval over documents.
 
@@ -748,6 +721,32 @@ def break_even(
     return float("inf") if fast <= latency_ms else ahead.expert_bytes * 1e-6 / (fast - latency_ms)
 
 # %% ../nbs/52_prefetch.ipynb #cb772d78
+def _worth_in_words(
+    ahead: Replay, best: Replay, bandwidth: float, verdict: str, saved: Interval, limit: float, speeds: tuple
+) -> str:
+    "The verdict as a sentence."
+    where = "nowhere" if limit == np.inf else "at every bandwidth" if not limit else f"above {limit:.3g} GB/s"
+    used = "nothing was fetched"
+    if ahead.useful_ratio is not None:
+        used = f"{100 * ahead.useful_ratio:.0f} % of the fetches were used"
+    return (
+        f"at {bandwidth:g} GB/s prefetching {'is undecided' if verdict == 'undecided' else verdict}: "
+        f"{speeds[0]:.4g} tokens/s against {speeds[1]:.4g} of {best.policy}, "
+        f"time saved {100 * saved.estimate:.1f} % [{100 * saved.low:.1f}, {100 * saved.high:.1f}]; hit rate "
+        f"{100 * (ahead.hit_rate - best.hit_rate):+.1f} points, {used}; on this trace it is faster {where}"
+    )
+
+
+def _best_peer(demand: list[Replay]) -> Replay:
+    "The policy with the fewest misses that fetches nothing ahead and could be run. ValueError without one."
+    peers = [r for r in demand if r.policy != "belady" and not r.fetched]
+    if not peers:
+        raise ValueError(
+            "demand holds no policy that could be run: give at least one without prefetching that is not belady"
+        )
+    return min(peers, key=lambda r: r.misses)
+
+# %% ../nbs/52_prefetch.ipynb #2ad2a4dc
 def worth(
     ahead: Replay,  # a policy that prefetches
     demand: list[Replay],  # demand policies of the same trace
@@ -757,13 +756,8 @@ def worth(
     known_ms: float = 0,  # as for `serving_time`
     documents=None,  # (S,) label of the document of each sample
 ) -> dict:  # saved share of the time with interval, tokens_per_s of both, break_even, verdict, words
-    "Does prefetching pay against the best demand policy? Accuracy is not speed."
-    peers = [r for r in demand if r.policy != "belady" and not r.fetched]
-    if not peers:
-        raise ValueError(
-            "demand holds no policy that could be run: give at least one without prefetching that is not belady"
-        )
-    best = min(peers, key=lambda r: r.misses)
+    "Does prefetching pay against the best demand policy? Accuracy is not speed. ValueError without such a policy."
+    best = _best_peer(demand)
     ours, theirs = (serving_time(r, bandwidth, compute_ms, latency_ms, known_ms) for r in (ahead, best))
     limit = break_even(ahead, best, compute_ms, latency_ms, known_ms)
     unit = theirs["sample_ms"].sum() / ahead.num_tokens  # relative, so that nothing overflows
@@ -772,28 +766,17 @@ def worth(
     else:
         saved = Interval(1 - ours["ms_per_token"] / unit, -np.inf, np.inf)  # one document says nothing of others
     verdict = "pays" if saved.low > 0 else "does not pay" if saved.high <= 0 else "undecided"
-    where = "nowhere" if limit == np.inf else "at every bandwidth" if not limit else f"above {limit:.3g} GB/s"
-    used = (
-        "nothing was fetched"
-        if ahead.useful_ratio is None
-        else f"{100 * ahead.useful_ratio:.0f} % of the fetches were used"
-    )
-    words = (
-        f"at {bandwidth:g} GB/s prefetching {'is undecided' if verdict == 'undecided' else verdict}: "
-        f"{ours['tokens_per_s']:.4g} tokens/s against {theirs['tokens_per_s']:.4g} of {best.policy}, "
-        f"time saved {100 * saved.estimate:.1f} % [{100 * saved.low:.1f}, {100 * saved.high:.1f}]; hit rate "
-        f"{100 * (ahead.hit_rate - best.hit_rate):+.1f} points, {used}; on this trace it is faster {where}"
-    )
+    speeds = ours["tokens_per_s"], theirs["tokens_per_s"]
     return {
         "saved": saved.estimate,
         "low": saved.low,
         "high": saved.high,
-        "tokens_per_s": ours["tokens_per_s"],
-        "demand_tokens_per_s": theirs["tokens_per_s"],
+        "tokens_per_s": speeds[0],
+        "demand_tokens_per_s": speeds[1],
         "demand_policy": best.policy,
         "break_even": limit,
         "verdict": verdict,
-        "words": words,
+        "words": _worth_in_words(ahead, best, bandwidth, verdict, saved, limit, speeds),
     }
 
 # %% ../nbs/52_prefetch.ipynb #ce3a3c8c

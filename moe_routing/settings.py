@@ -238,7 +238,7 @@ def _week_groups(days: dict) -> dict:
 def _week_form(raw: dict, path: Path) -> dict:
     "A plan in the seed's words as a study."
     for key in raw:
-        _known(key, ("question", "days", "baselines", "base", "log", *_SEED_KEYS), "key", str(path))
+        _known(key, ("question", "days", "baselines", "base", "log", "report", *_SEED_KEYS), "key", str(path))
     model, wandb, compute = (_section(raw, name, path) for name in _SEED_KEYS)
     if "checkpoint_path" not in model:
         raise ValueError(f"{path}: model.checkpoint_path is missing: a folder, a hub id, or tiny")
@@ -250,7 +250,7 @@ def _week_form(raw: dict, path: Path) -> dict:
         "groups": _week_groups(raw["days"]),
         "gpus": compute.get("num_gpus", 1),
         **({"dtype": "bfloat16" if compute["use_bf16"] else "float32"} if "use_bf16" in compute else {}),
-        **({"log": raw["log"]} if "log" in raw else {}),
+        **{key: raw[key] for key in ("log", "report") if key in raw},
     }
 
 # %% ../nbs/01_settings.ipynb #cd5a7e25

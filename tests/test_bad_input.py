@@ -147,7 +147,7 @@ def test_a_null_of_another_shape_is_refused_before_the_forward(null, changes, wo
 
 
 def test_models_without_moe_layers():
-    dense = LlamaForCausalLM(LlamaConfig(**SIZES))
+    dense = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     for call in (moe_layers, lambda m: route(m, None), lambda m: record(m, [], "never")):
         with pytest.raises(ValueError, match="LlamaForCausalLM has no MoE layer"):
             call(dense)

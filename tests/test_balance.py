@@ -154,6 +154,11 @@ def equal(a, b):
     return all(torch.equal(a[n], b[n]) for n in a)
 
 
+def close(a, b):
+    "Equal but for the last bits: rows are scored in batches of other shapes."
+    return all(torch.allclose(a[n], b[n], rtol=1e-5, atol=1e-6) for n in a)
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "choice"])
 @pytest.mark.parametrize("cut", [(50, 50), (1, 99), (0, 100), (20, 30, 50)])
 def test_processes_and_micro_batches(name, cut):
@@ -162,7 +167,8 @@ def test_processes_and_micro_batches(name, cut):
     many, micro = [deepcopy(one) for _ in cut], deepcopy(one)
     for step in range(4):
         x, valid = randn(100, 12, seed=step) + randn(12, seed=99), randn(100, seed=50 + step) > -1
-        one(x, Context(valid=valid)), one.steer()
+        one(x, Context(valid=valid))
+        one.steer()
         for router, rows, v in zip(many, x.split(cut), valid.split(cut)):
             if len(rows):
                 router(rows, Context(valid=v))
@@ -170,7 +176,7 @@ def test_processes_and_micro_batches(name, cut):
         for rows, v in zip(x.split(cut), valid.split(cut)):
             micro(rows, Context(valid=v))
         micro.steer()
-        assert all(equal(state(one), state(r)) for r in (*many, micro)), step
+        assert all(close(state(one), state(r)) for r in (*many, micro)), step
     assert int(one.steps) == 4
 
 
@@ -178,13 +184,15 @@ def test_processes_and_micro_batches(name, cut):
 def test_state_changes_in_steer_alone(name):
     router = build(name)
     before, x = state(router), randn(64, 12)
-    router(x), router.eval()(x)
+    router(x)
+    router.eval()(x)
     assert equal(before, state(router)) and len(router.noted) == 1
     router.steer()
     after = state(router)
     assert not equal(before, after) and not router.noted
     router.steer()  # nothing was noted
-    router(x), router.steer()  # in evaluation
+    router(x)
+    router.steer()  # in evaluation
     assert equal(after, state(router))
     fresh = build(name)
     fresh.load_state_dict(router.state_dict())
@@ -197,9 +205,13 @@ def test_padding_is_not_counted(name):
     x, valid = randn(60, 12), torch.arange(60) % 3 > 0
     y = x.where(valid[:, None], torch.full_like(x, 7.0))
     for _ in range(2):
-        a(x, Context(valid=valid)), a.steer(), b(y, Context(valid=valid)), b.steer()
+        a(x, Context(valid=valid))
+        a.steer()
+        b(y, Context(valid=valid))
+        b.steer()
     assert equal(state(a), state(b))
-    a(x, Context(valid=torch.zeros(60, dtype=torch.bool))), a.steer()
+    a(x, Context(valid=torch.zeros(60, dtype=torch.bool)))
+    a.steer()
     assert name in ("sign", "magnitude") or equal(state(a), state(b))  # only padding: nothing to learn
     assert all(equal({k: v}, {k: state(b)[k]}) for k, v in state(a).items() if k != "steps")
 
@@ -210,7 +222,8 @@ def test_gradient_checkpointing_counts_once(name, reentrant):
     router, plain, x = build(name), build(name), randn(64, 12).requires_grad_()
     checkpoint(lambda h: router(h)[0].weights.sum(), x, use_reentrant=reentrant).backward()
     plain(x)
-    router.steer(), plain.steer()
+    router.steer()
+    plain.steer()
     assert equal(state(router), state(plain))
 
 
@@ -218,7 +231,8 @@ def test_gradient_checkpointing_counts_once(name, reentrant):
 def test_copies_are_independent(name):
     router = build(name)
     other = deepcopy(router)
-    router(randn(64, 12)), router.steer()
+    router(randn(64, 12))
+    router.steer()
     assert not equal(state(router), state(other))
     if isinstance(router, ThresholdRouter):
         kept = (other.eval_rule or other.rule).thresholds
@@ -235,7 +249,8 @@ def test_loss_free_by_hand():
     for step in range(3):
         load = TopK(2)(torch.nn.functional.linear(x, router.weight).softmax(-1) + bias).load
         bias = bias + 0.5 / (1 + step / 5) * (1 - load / load.float().mean())
-        router(x), router.steer()
+        router(x)
+        router.steer()
         assert torch.allclose(router.bias, bias, atol=1e-6)
 
 
@@ -281,14 +296,17 @@ def test_prices_are_the_optimum():
 
 def test_degenerate_sizes():
     every = QuantileRouter(TopK(8), 12, 8)
-    every(randn(30, 12)), every.steer()
+    every(randn(30, 12))
+    every.steer()
     assert (every.beta == 0).all()
     for name in NAMES:
         lone = build(name)
-        lone(randn(1, 12), Context(position=torch.zeros(1, dtype=torch.int64))), lone.steer()
+        lone(randn(1, 12), Context(position=torch.zeros(1, dtype=torch.int64)))
+        lone.steer()
         assert all(b.isfinite().all() for b in lone.buffers())
     single = QuantileRouter(TopK(1), 12, 1)
-    single(randn(5, 12)), single.steer()
+    single(randn(5, 12))
+    single.steer()
     assert single(randn(5, 12))[0].load.tolist() == [5]
 
 

@@ -1,4 +1,6 @@
-"""Collection: hidden states in every family, stored gates, splits, batches, streams of texts, kills, full disks, damage."""
+"""Collection.
+
+Hidden states in every family, stored gates, splits, batches, streams of texts, kills, full disks, damage."""
 
 import importlib
 import json

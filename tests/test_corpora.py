@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from moe_routing import corpora
+from moe_routing import world as worlds
 from moe_routing.corpora import check_disjoint, load_calibration, load_choices, load_corpus, load_text
 from moe_routing.world import DOMAINS, corpus_hash
 from moe_routing.settings import load_settings
@@ -31,12 +31,14 @@ def test_generators_are_pinned():
         sorted(lines("train", ("story", "math", "facts"))),
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    assert GENERATED == {corpora._RECIPE: digest}, "what is generated changed: raise _RECIPE and pin the new value"
+    assert GENERATED == {worlds._RECIPE: digest}, "what is generated changed: raise _RECIPE and pin the new value"
 
 
 def test_same_world_in_every_process():
-    made = f"json.dumps(corpora._make_world({SMALL!r}))"
-    code = f"import hashlib, json; from moe_routing import corpora; print(hashlib.sha256({made}.encode()).hexdigest())"
+    code = (
+        "import hashlib, json; from moe_routing.world import make_world; "
+        f"print(hashlib.sha256(json.dumps(make_world({SMALL!r})).encode()).hexdigest())"
+    )
     seen = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -100,7 +102,7 @@ def test_first_and_random_samples():
         and len({r["id"] for r in some}) == 50
     )
     share = {d: sum(r["domain"] == d for r in full[:200]) / 200 for d in DOMAINS}
-    assert all(abs(share[d] - corpora._MIX[d]) < 0.03 for d in DOMAINS)
+    assert all(abs(share[d] - worlds._MIX[d]) < 0.03 for d in DOMAINS)
 
 
 @pytest.fixture
@@ -263,26 +265,26 @@ def test_uncached_hub_id_without_network(data, monkeypatch):
 
 
 def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
-    folder, write = tmp_path / "cache" / "embedded-x", corpora.Path.write_text
+    folder, write = tmp_path / "cache" / "embedded-x", worlds.Path.write_text
 
     def full(path, text, **options):
         if path.name == "hash":
             raise OSError(28, "No space left on device")
         return write(path, text, **options)
 
-    monkeypatch.setattr(corpora.Path, "write_text", full)
+    monkeypatch.setattr(worlds.Path, "write_text", full)
     with pytest.raises(OSError, match="No space left.*cache_dir"):
-        corpora._write_world(folder, {"test": [{"id": 0}]})
+        worlds._write_world(folder, {"test": [{"id": 0}]})
     assert not folder.exists() and not list(folder.parent.iterdir())
     monkeypatch.undo()
-    corpora._write_world(folder, {"test": [{"id": 0}]})
-    corpora._write_world(folder, {"test": [{"id": 1}]})  # a second writer that came late changes nothing
+    worlds._write_world(folder, {"test": [{"id": 0}]})
+    worlds._write_world(folder, {"test": [{"id": 1}]})  # a second writer that came late changes nothing
     assert [p.name for p in folder.parent.iterdir()] == [folder.name] and '"id": 0' in (
         folder / "test.jsonl"
     ).read_text()
 
 
 def test_hash_is_of_what_is_read():
-    folder = corpora._world_folder()
+    folder = worlds.world_folder()
     parts = {p.stem: p.read_text(encoding="utf-8") for p in folder.glob("*.jsonl")}
     assert corpus_hash() == hashlib.sha256("".join(f"{k}\n{parts[k]}" for k in sorted(parts)).encode()).hexdigest()[:12]

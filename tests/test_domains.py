@@ -23,7 +23,7 @@ from moe_routing.analysis.domains import (
     information,
     next_layer_recall,
     orthogonality,
-    plain,
+    plain_numbers,
     published_counts,
     published_usage,
     read_domains,
@@ -502,7 +502,7 @@ def test_report_is_json_and_every_figure_draws(tmp_path):
 
 
 def test_plain_numbers():
-    assert plain({"a": np.float64("nan"), 2: [np.int64(3), mean_interval([1, 3])]}) == {
+    assert plain_numbers({"a": np.float64("nan"), 2: [np.int64(3), mean_interval([1, 3])]}) == {
         "a": None,
         "2": [
             3,

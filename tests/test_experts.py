@@ -111,10 +111,8 @@ def gradients(f, m, hidden, ids, weights):
 
 def compare(f, layout, mix, tol=1e-9):
     ids, weights, E = MIXES[mix]
-    m, hidden = (
-        make(E, **LAYOUTS[layout]),
-        torch.randn(len(ids), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
-    )
+    m = make(E, **LAYOUTS[layout])
+    hidden = torch.randn(len(ids), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     slow, fast = gradients(loop, m, hidden, ids, weights), gradients(f, m, hidden, ids, weights)
     for name in slow:
         assert torch.allclose(*torch.broadcast_tensors(fast[name], slow[name]), atol=tol), (name, layout, mix)
@@ -136,10 +134,8 @@ def test_segments_in_one_call(layout, monkeypatch):
         ids, weights, E = MIXES[mix]
         hidden = torch.randn(len(ids), 8, generator=torch.Generator().manual_seed(1))
         m = make(E, H=8, I=4, **LAYOUTS[layout]).float()
-        slow, fast = (
-            gradients(loop, m, hidden, ids, weights.float()),
-            gradients(ragged_experts, m, hidden, ids, weights.float()),
-        )
+        slow = gradients(loop, m, hidden, ids, weights.float())
+        fast = gradients(ragged_experts, m, hidden, ids, weights.float())
         for name in slow:
             assert torch.allclose(fast[name], slow[name], atol=1e-3, rtol=1e-3), (name, mix)
 
@@ -169,10 +165,8 @@ def test_registered_operations_are_sound():
     ids, weights, E = MIXES["some used"]
     order, sizes = plan_slots(ids, E)
     rows = torch.randn(len(ids), 4, dtype=torch.float64, requires_grad=True)
-    weight, bias = (
-        torch.randn(E, 4, 3, dtype=torch.float64, requires_grad=True),
-        torch.randn(E, 3, dtype=torch.float64, requires_grad=True),
-    )
+    weight = torch.randn(E, 4, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(E, 3, dtype=torch.float64, requires_grad=True)
     mid = torch.randn(len(order), 4, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(module.plan_op, (ids, E))
     for b in (bias, None):

@@ -22,7 +22,7 @@ from moe_routing.predictors.baselines import (
 from moe_routing.predictors.evaluate import evaluate_predictors, rank_tokens, tally
 from moe_routing.predictors.learned import PREDICTORS, Recipe, make_predictor, make_recipe, train_predictor
 from moe_routing.traces.collect import collect
-from moe_routing.traces.format import Trace
+from moe_routing.traces.format import Trace, own_gate
 
 COLUMNS = ("token_id", "experts", "hidden", "pre_attention")
 
@@ -123,7 +123,11 @@ def test_as_shipped_hybrid_sees_the_future(trace, batch):
 
 def test_the_control_is_exact(trace):
     found = evaluate_predictors(trace, "previous_layer", [], progress=False)
-    assert found.value("own_gate", "exact", slice(None)) == 1 and found.value("own_gate", "recall@3", slice(None)) == 1
+    control = found.tallies["own_gate"]
+    assert control.value("exact") == 1 and control.value("recall@3") == 1
+    rows = found.tallies["random"].tokens.sum()
+    assert control.ties < 0.02 * rows and control.tokens.sum() + control.ties == rows  # rounding decides few
+    assert found.tallies["stale_gate"].ties == 0
     assert not found.possible["own_gate"] and found.best_trivial() in (
         "bigram_table",
         "token_table",
@@ -132,6 +136,35 @@ def test_the_control_is_exact(trace):
         "previous_token_table",
     )
     assert set(found.tallies) == set(BASELINES)
+
+
+def test_rows_that_rounding_decides_are_left_out_and_counted(tmp_path):
+    model, tokenizer = small_model(layers=2)
+    gate = model.model.layers[1].mlp.gate.weight.data
+    gate[1] = gate[0]  # two experts with one score: rounding says which of them is chosen
+    options = dict(datasets="embedded", traces=40, batch=2, max_length=24, split="calibration", progress=False)
+    trace = collect(model, tokenizer, tmp_path / "tied", keep=("hidden",), **options)
+    held, control = trace.split()[1], make_baselines("own_gate", trace, range(4))["own_gate"]
+    forward = control.forward
+    for noise, exact in ((1e-7, True), (1e-2, False)):  # of a matrix product in another shape, and of another gate
+        generator = torch.Generator().manual_seed(0)
+        control.forward = lambda b: (
+            forward(b) * (1 + noise * torch.randn(b["experts"].shape[1], 2, 16, generator=generator))
+        )
+        found = tally({"own_gate": control}, trace, held)["own_gate"]
+        assert found.ties == sum(row["ties"] for row in own_gate(trace, held)) > 0
+        assert (found.value("exact") == 1) == exact
+    assert all(row["agreement"] == 100 for row in own_gate(trace, held))
+
+
+def test_differences_with_a_control_that_leaves_rows_out(trace):
+    found = evaluate_predictors(trace, "previous_layer", [], progress=False)
+    metric = "recall@3"
+    before = found.difference("token_table", "own_gate", metric)
+    found.tallies["own_gate"].tokens *= 0.5  # as if half the rows of each document had been ties
+    found.tallies["own_gate"].sums[metric] *= 0.5
+    for one, other in zip(before[:4], found.difference("token_table", "own_gate", metric)[:4]):
+        assert one == pytest.approx(other)
 
 
 def test_tables_know_what_they_count(trace):
@@ -163,10 +196,10 @@ def test_tables_know_what_they_count(trace):
 
 def test_a_full_table_leaves_the_rest_to_the_backoff(trace, batch):
     p = Table(HORIZONS["token_id"], trace, "token")
-    p.most = 2
+    p.counts.most = 2
     p.count(batch)
     p.count(batch)
-    assert len(p.rows) == 2 and p(batch).isfinite().all()
+    assert len(p.counts.rows) == 2 and p(batch).isfinite().all()
     strange = {**batch, "token_id": torch.full_like(batch["token_id"], 10**6)}
     assert torch.allclose(p(strange), p.backoff(strange))
 
@@ -289,12 +322,12 @@ PRESETS_OF_THE_SEED = (5e-5, 0.01, 128, 4, None)
 def test_ranked_guesses_follow_the_rows(trace):
     free, held = make_baselines("two_back", trace, range(10)), trace.split()[1]
     ranked = rank_tokens(free["own_gate"], trace, held, 3)
-    rows = torch.cat([b["experts"][b["valid"]] for b in trace.batches(("experts",), samples=held)])
-    assert (
-        torch.equal(ranked[:, 2:].long().sort(-1).values, rows[:, 2:].sort(-1).values)
-        and (ranked[:, :2] == 16).all()
-        and ranked.dtype == torch.int16
-    )
+    batches = list(trace.batches(("experts", "hidden"), samples=held))
+    rows = torch.cat([b["experts"][b["valid"]] for b in batches])[:, 2:]
+    decided = ~torch.cat([free["own_gate"].ties(b)[b["valid"]] for b in batches])[:, 2:]
+    same = (ranked[:, 2:].long().sort(-1).values == rows.sort(-1).values).all(-1)
+    assert same[decided].all() and decided.float().mean() > 0.98
+    assert (ranked[:, :2] == 16).all() and ranked.dtype == torch.int16
 
 
 def test_nan_in_hidden_states_stops_the_training(trace, monkeypatch):

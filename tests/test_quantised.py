@@ -290,12 +290,10 @@ def test_loaded_tensor_by_tensor(folders, settings, quantize, monkeypatch):
 def test_family_against_dequantised_weights(family, quantize, loaded, folders):
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    model, full = (
-        loaded[family, quantize],
-        AutoModelForCausalLM.from_pretrained(
-            folders[family], dtype=torch.float32, experts_implementation="ragged"
-        ).eval(),
-    )
+    model = loaded[family, quantize]
+    full = AutoModelForCausalLM.from_pretrained(
+        folders[family], dtype=torch.float32, experts_implementation="ragged"
+    ).eval()
     bare = tiny(FAMILIES[family])(IDS).logits
     assert torch.equal(full(IDS).logits, bare)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 from moe_routing.routers.pvalue import bh_count
 from moe_routing.runs.study import plan_study
 from moe_routing.studies import bh as reports
-from moe_routing.studies.report import build_report, publish_report
+from moe_routing.studies.report import build_report, publish_report, render
 
 
 def test_front_against_brute_force():
@@ -76,16 +76,14 @@ def test_noise_columns_are_what_noise_does():
 
 def test_an_unfinished_study_is_not_reported(root, tmp_path):
     plan = plan_study("smoke", {"limit": 3})
-    plan = replace(plan, folder=tmp_path / "smoke", study=replace(plan.study, report="bh"))
-    with pytest.raises(RuntimeError, match="no finished run of smoke"):
-        build_report(plan)
-    assert not list((tmp_path / "smoke").glob("report.*"))
+    with pytest.raises(ValueError, match="4 of 4 runs are not finished"):
+        build_report(replace(plan, folder=tmp_path / "smoke"))
+    assert not list(tmp_path.rglob("report.*"))
 
 
 def test_an_unknown_report_offers_the_known_ones(root, tmp_path):
-    plan = plan_study("smoke")
     with pytest.raises(ValueError, match="unknown study notebook 'bh_report'.*bh"):
-        build_report(replace(plan, folder=tmp_path, study=replace(plan.study, report="bh_report")))
+        render("bh_report", tmp_path, root=root)
 
 
 def test_a_study_without_a_record_is_named(root):

@@ -99,11 +99,9 @@ def test_contract_grid(name, gate):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_permuting_experts(name):
-    row, logits, order = (
-        ROUTERS[name],
-        logits_of(64, 16),
-        torch.randperm(16, generator=torch.Generator().manual_seed(3)),
-    )
+    row = ROUTERS[name]
+    logits = logits_of(64, 16)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
     null = {"null": fit_null(logits_of(200, 16, seed=9), "kde")} if row.needs_null else {}
     rule = make_rule(name, **row.example, **null)
     plain, renamed = rule(softmax_gate(logits)), rule(softmax_gate(logits[:, order]))

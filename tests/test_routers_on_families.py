@@ -144,10 +144,8 @@ def test_every_router(family, dtype):
     with route(model, None, observe=lambda c, r, h: seen.__setitem__(c.layer, r.logits)):
         model(torch.randint(3, 64, (6, 40), generator=generator))
     null = fit_null(torch.stack([seen[l] for l in range(len(layers))], 1))
-    ids, mask = (
-        torch.randint(3, 64, (3, 6), generator=generator),
-        torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1] * 6]),
-    )
+    ids = torch.randint(3, 64, (3, 6), generator=generator)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1] * 6])
     for name, row in ROUTERS.items():
         rule = make_rule(name, **row.example, weigh="native", **({"null": null} if row.needs_null else {}))
         decided, came = {}, {}

@@ -127,7 +127,8 @@ def test_one_failure_does_not_stop_the_rest_and_is_named(lab):
     study(lab, [0.1, 7, 0.3], seconds=0)
     text, code = finish(lab)
     assert code != 0 and "2 of 3 runs finished" in text
-    assert [line for line in text.splitlines() if line.startswith("failed:") and "alpha = 7.0 is outside (0, 1)" in line]
+    said = [line for line in text.splitlines() if line.startswith("failed:")]
+    assert len(said) == 1 and "alpha = 7.0 is outside (0, 1)" in said[0]
     failed = [json.loads(p.read_text()) for p in (lab / "papermill_runs" / "local" / "demo").glob("7*/run.json")]
     assert failed[0]["status"] == "failed" and (lab / "papermill_runs" / "local" / "demo").glob("7*/run.ipynb")
     assert "failed 1" in finish(lab, "status")[0]

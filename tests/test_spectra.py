@@ -228,7 +228,8 @@ def test_steering_counts_optimizer_steps_and_moves_the_bias():
             moved[demand > demand.mean(-1, keepdim=True)] < moved[demand < demand.mean(-1, keepdim=True)].min() + 1e-9
         ).all()
     assert ramps == pytest.approx([0.05 * min(1, i / 4) for i in range(6)], abs=1e-7) and int(router.steps) == 6
-    router(torch.randn(8, H)), router.forget()
+    router(torch.randn(8, H))
+    router.forget()
     before = router.mean_expression.clone()
     router.steer()
     assert torch.equal(router.mean_expression, before) and int(router.steps) == 6

@@ -104,7 +104,9 @@ def test_same_text_and_start_for_all_routers(text):
 
 
 def test_two_processes_are_one(text, tmp_path):
-    "Loss and balancing state of two gloo processes are those of one with the whole batch. Both processes train all routers, one after the other."
+    """Loss and balancing state of two gloo processes are those of one with the whole batch.
+
+    Both processes train all routers, one after the other."""
     names = ["loss_free", "quantile", "topk_aux", "expert_threshold"]
     arguments = [
         "hidden=32",
@@ -126,7 +128,7 @@ def test_two_processes_are_one(text, tmp_path):
     (tmp_path / "both.py").write_text(f"""import runpy, sys
 for name in {names}:
     sys.argv = ["training", f"router={{name}}", f"out={tmp_path}/two/{{name}}", *{arguments}]
-    try: runpy.run_module("moe_routing.training.loop", run_name="__main__", alter_sys=True)      # python -m moe_routing.training.loop
+    try: runpy.run_module("moe_routing.training.loop", run_name="__main__", alter_sys=True)
     except SystemExit as e: assert not e.code, e.code
 """)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -164,7 +166,7 @@ def test_nan_stops_with_the_last_good_checkpoint(text, tmp_path):
     steps = []
     import moe_routing.training.loop as t
 
-    forward = t._Steps._try
+    forward = t._step
 
     def broken(self, step, rows):
         steps.append(step)
@@ -172,12 +174,12 @@ def test_nan_stops_with_the_last_good_checkpoint(text, tmp_path):
             raise FloatingPointError("the loss is nan")
         return forward(self, step, rows)
 
-    t._Steps._try = broken
+    t._step = broken
     try:
         with pytest.raises(FloatingPointError, match="step 4.*nan.*checkpoint is .*last, after step 3.*lower lr"):
             run(SMALL, text, tmp_path)
     finally:
-        t._Steps._try = forward
+        t._step = forward
     assert steps == [3, 4] and run(SMALL, text, tmp_path).log[-1]["step"] == 6
 
 
@@ -341,14 +343,18 @@ class Scaled(Router):
     def __init__(self, *args, **more):
         super().__init__(*args, **more)
         self.scale = nn.Parameter(torch.ones(()))
-    def score(self, hidden, context, state): return self.scale * nn.functional.linear(hidden, self.weight.float()), state
+    def score(self, hidden, context, state):
+        return self.scale * nn.functional.linear(hidden, self.weight.float()), state
 
-SCALED = Row("scaled", TopK, "logits times a learned scale", "token", defaults={"weigh": "renorm"}, example={"k": 2}, router=Scaled, losses={"aux": .01})
+SCALED = Row("scaled", TopK, "logits times a learned scale", "token", defaults={"weigh": "renorm"}, example={"k": 2},
+             router=Scaled, losses={"aux": .01})
 """
 
 
 def test_ones_own_router_in_a_template(tmp_path, monkeypatch):
-    "A row in a file of one's own runs through papermill, leaves its record, and its extra parameter is trained and saved."
+    """A row in a file of one's own runs through papermill.
+
+    Leaves its record, and its extra parameter is trained and saved."""
     (tmp_path / "own_router.py").write_text(OWN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
     record = run_template(

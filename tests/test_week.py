@@ -153,7 +153,7 @@ def test_everything_printed_is_kept_with_the_time(tmp_path):
     log = tmp_path / "study" / "full_pipeline_log.txt"
     says = "import sys; print('day one'); print('trouble', file=sys.stderr); sys.exit(3)"
     for _ in range(2):
-        assert runs._shown_and_kept([sys.executable, "-c", says, "--cores", "2"], ROOT, None, log) == 3
+        assert runs._shown_and_kept([sys.executable, "-c", says, "--cores", "2"], ROOT, log) == 3
     lines = log.read_text().splitlines()
     assert (
         len(lines) == 8

@@ -21,7 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "document_counts", "information", "usage_test", "stratified_jackknife", "token_explained",
             "draw_domains", "published_counts", "independent_information", "published_usage", "relabelled_distance",
             "depth_distance", "next_layer_recall", "draw_depth", "orthogonality", "draw_orthogonality",
-            "saturation", "coactivation", "vocabulary_specialisation", "plain", "specialisation_report",
+            "saturation", "coactivation", "vocabulary_specialisation", "plain_numbers", "specialisation_report",
             "report_numbers",
         ],
     },

@@ -8,7 +8,7 @@ __all__ = ['LEAST', 'ALIASES', 'domain_files', 'domain_documents', 'Reading', 't
            'information', 'usage_test', 'stratified_jackknife', 'token_explained', 'draw_domains', 'published_counts',
            'independent_information', 'published_usage', 'relabelled_distance', 'depth_distance', 'next_layer_recall',
            'draw_depth', 'orthogonality', 'draw_orthogonality', 'saturation', 'coactivation',
-           'vocabulary_specialisation', 'plain', 'specialisation_report', 'report_numbers']
+           'vocabulary_specialisation', 'plain_numbers', 'specialisation_report', 'report_numbers']
 
 # %% ../../nbs/64_analysis.domains.ipynb #c6f5d158
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from .tokens import Choices, expert_vectors, watch
 from ..core import in_range, known
 from ..corpora import load_text
 from ..figures import PALETTE, use_style
-from ..metrics.specialisation import random_cosines, random_similarity, similarity_statistics
+from ..metrics.specialisation import random_cosines, similarity_statistics
 from ..patching.patch import route
 from ..patching.probe import moe_layers
 from ..settings import load_settings
@@ -734,16 +734,16 @@ def vocabulary_specialisation(
     return out
 
 # %% ../../nbs/64_analysis.domains.ipynb #cfe966cf
-def plain(value):
+def plain_numbers(value):
     "Numbers, lists and dictionaries that JSON takes; an Interval becomes {estimate, low, high}, NaN None."
     if isinstance(value, Interval):
-        return {n: plain(getattr(value, n)) for n in ("estimate", "low", "high", "p", "n", "method")}
+        return {n: plain_numbers(getattr(value, n)) for n in ("estimate", "low", "high", "p", "n", "method")}
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): plain_numbers(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [plain_numbers(v) for v in value]
     if isinstance(value, (np.ndarray, np.generic)):
-        return plain(value.tolist())
+        return plain_numbers(value.tolist())
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 # %% ../../nbs/64_analysis.domains.ipynb #9c0ffdcf
@@ -780,7 +780,7 @@ def specialisation_report(
         "vocabulary": [vocabulary_specialisation(choices, l, generator=generator) for l in L],
         "published": published or {"reason": "the published counts are not on this machine"},
     }
-    return plain(report)
+    return plain_numbers(report)
 
 # %% ../../nbs/64_analysis.domains.ipynb #9cb775f4
 def _get(row, path):

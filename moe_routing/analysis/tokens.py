@@ -910,7 +910,7 @@ def jump_numbers(
 # %% ../../nbs/55_analysis.tokens.ipynb #ce39f43c
 def loss_landscape(
     model: nn.Module,
-    windows: Tensor,
+    windows: Tensor,  # (N, S) token ids
     rule=None,  # as for `boundary_jumps`
     radius: float = 1.0,
     points: int = 5,  # as for `loss_plane`

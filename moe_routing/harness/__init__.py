@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "routed": [
-            "score_depends_on", "quiet", "RoutedLM", "routing_info",
+            "RoutedLM", "Options", "Asked", "ask", "score_depends_on", "quiet", "routing_info",
         ],
         "tasks": [
             "BENCHMARKS", "SEED_TASKS", "EMBEDDED_TASKS", "EMBEDDED", "Benchmark", "local_folder", "read_splits",

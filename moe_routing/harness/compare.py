@@ -6,22 +6,18 @@
 __all__ = ['score_task', 'score_interval', 'run_benchmarks', 'paired_scores', 'compare_benchmarks', 'write_comparison', 'main']
 
 # %% ../../nbs/66_harness.compare.ipynb #8e0fc52e
-import io
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
-
-from lm_eval.models.huggingface import HFLM
 
 from ..core import known
 from .routed import RoutedLM, _sentence, quiet, routing_info
-from .tasks import BENCHMARKS, EMBEDDED_TASKS, Loaded, Tasks, code_judge, load_tasks, may_run_code
+from .tasks import BENCHMARKS, Loaded, Tasks, code_judge, load_tasks, may_run_code
 from ..models.load import fingerprint
 from ..settings import load_settings
 from ..stats import Interval, benjamini_hochberg, clustered_difference, verdict, verdicts, wilson

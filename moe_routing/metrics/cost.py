@@ -124,7 +124,7 @@ def flops_reduction_pct(
     context_length: float,  # positions a token attends to, on average
     baseline_k: float | None = None,  # default: the model's own
 ) -> float:  # percent of the baseline's FLOPs
-    "Matrix-product FLOPs saved against the model's own number of experts, from its shapes; negative when more are used."
+    "Matrix-product FLOPs saved against the model's own number of experts, from its shapes; negative when k is larger."
     model = with_shapes(config_or_model)
     baseline = flops_per_token(model, own_k(model) if baseline_k is None else baseline_k, context_length)
     return 100 * (1 - flops_per_token(model, mean_k, context_length) / baseline)

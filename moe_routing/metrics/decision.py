@@ -10,6 +10,7 @@ __all__ = ['count_sums', 'histogram', 'mean_count', 'std_count', 'extreme_counts
 # %% ../../nbs/31_metrics.decision.ipynb #cbcab709
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..core import Routing, in_range
 
@@ -88,8 +89,10 @@ def selection_entropy_normalized(hist, k_floor: int, k_ceiling: int) -> np.ndarr
 
 # %% ../../nbs/31_metrics.decision.ipynb #c687c1bd
 def limit_rates(
-    hist, k_floor: int, k_ceiling: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (..., E+1) -> ceiling, floor, between
+    hist,  # (..., E+1) tokens that use c experts
+    k_floor: int,  # fewest experts the router may use
+    k_ceiling: int,  # most
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (...) each: ceiling, floor, between
     "Percent of tokens at or above the ceiling, at or below the floor, and strictly between."
     low, high = limits(k_floor, k_ceiling)
     h = _counts(hist)
@@ -116,30 +119,26 @@ def moments(
 # %% ../../nbs/31_metrics.decision.ipynb #c4a376e5
 def confidence_sums(
     block: list[Routing],  # L records of the same T tokens
-) -> (
-    np.ndarray
-):  # (L, 5) float64 sums: largest share, 1 / count, tokens with experts; entropy / ln(count), tokens with two or more
+) -> np.ndarray:  # (L, 5) float64 sums, see `_confidence_of`
     "How far one expert leads among the selected ones. Additive over blocks."
+    return torch.stack([_confidence_of(r) for r in block]).cpu().numpy()
 
-    def one(r):
-        counts, total = r.counts, r.weights.detach().double().sum(-1, keepdim=True)
-        even = r.used / counts.clamp(min=1).unsqueeze(1)
-        share = torch.where(total > 0, r.weights.detach().double() / total.where(total > 0, 1), even.double())
-        entropy, some, several = -torch.xlogy(share, share).sum(-1), counts > 0, counts > 1
-        return torch.stack(
-            [
-                (share.amax(-1) * some).sum() if r.experts.shape[1] else total.sum(),
-                even.amax(-1).double().sum() if r.experts.shape[1] else total.sum(),
-                some.sum().double(),
-                (entropy / counts.clamp(min=2).log())[several].sum(),
-                several.sum().double(),
-            ]
-        )
 
-    return torch.stack([one(r) for r in block]).cpu().numpy()
+def _confidence_of(r: Routing) -> Tensor:
+    "(5,) sums: largest share, 1 / count, tokens with experts; entropy / ln(count), tokens with two or more."
+    counts, total = r.counts, r.weights.detach().double().sum(-1, keepdim=True)
+    even = r.used / counts.clamp(min=1).unsqueeze(1)
+    share = torch.where(total > 0, r.weights.detach().double() / total.where(total > 0, 1), even.double())
+    entropy, some, several = -torch.xlogy(share, share).sum(-1), counts > 0, counts > 1
+    slots = r.experts.shape[1]
+    largest = (share.amax(-1) * some).sum() if slots else total.sum()
+    if_even = even.amax(-1).double().sum() if slots else total.sum()
+    unsure = (entropy / counts.clamp(min=2).log())[several].sum()
+    return torch.stack([largest, if_even, some.sum().double(), unsure, several.sum().double()])
 
 
 def _per(sums, n):
+    "sums / n, NaN where n is 0."
     return np.divide(sums, n, out=np.full(np.shape(sums), np.nan), where=np.asarray(n) > 0)
 
 
@@ -154,27 +153,26 @@ def confidence_even(sums: np.ndarray) -> np.ndarray:  # (..., 5) -> (...)
 
 # %% ../../nbs/31_metrics.decision.ipynb #1882bf2c
 def confidence_seed(sums: np.ndarray) -> np.ndarray:  # (..., 5) -> (...)
-    "Entropy of the selected weights over ln of their number (seed 001): high where the router is unsure; NaN where no token has two experts."
+    "Entropy of the selected weights over ln of their number, high where the router is unsure (seed document 001)."
     return _per(sums[..., 3], sums[..., 4])
 
 # %% ../../nbs/31_metrics.decision.ipynb #c3aa4efd
 def has_logits(block: list[Routing]) -> bool:
-    "Are the logits of this block known? A trace without logits hands out NaN; logits that are partly NaN or infinite are an error."
+    "Are the logits of this block known? A trace without logits hands out NaN. ValueError where they are partly so."
     finite = [bool(r.logits.isfinite().all()) for r in block]
     if all(finite):
         return True
     if any(finite) or not all(bool(r.logits.isnan().all()) for r in block):
         raise ValueError(
-            f"the logits of layer {finite.index(False)} are partly NaN or infinite: the trace is damaged or the model overflowed"
+            f"the logits of layer {finite.index(False)} are partly NaN or infinite: "
+            "the trace is damaged or the model overflowed"
         )
     return False
 
 
 def gate_sums(
     block: list[Routing],  # L records of the same T tokens
-) -> (
-    np.ndarray | None
-):  # (L, 3) float64 sums over tokens: entropy in nats, largest probability, mass of the used experts
+) -> np.ndarray | None:  # (L, 3) sums over tokens: entropy in nats, largest probability, mass of the used experts
     "How sure the gate was; None where the logits are unknown. Additive over blocks."
     if not has_logits(block):
         return None

@@ -10,72 +10,103 @@ from collections.abc import Iterable
 
 import pandas as pd
 import torch
+from torch import Tensor
 
-from ..core import in_range
+from ..core import Context, Routing, in_range
 from ..figures import PALETTE, use_style
 from ..routers.zoo import ROUTERS, Row, example_context, example_router, find_row
 
 # %% ../../nbs/36_metrics.dependence.ipynb #c63e06cc
-FACTS = ("own state", "token id", "place", "other tokens", "earlier steps", "number varies")
-
-# %% ../../nbs/36_metrics.dependence.ipynb #33e1aeb5
 @torch.no_grad()
 def depends_on(
     name: "str | Row",  # a row of the zoo
     training: bool = True,  # as in training, where steering acts
-    draws: int = 3,
+    draws: int = 3,  # batches tried before a fact is believed not to matter
 ) -> dict[str, bool]:  # of FACTS
-    "What moves a router's choice: one thing is changed, all else stays. A draw that moves nothing proves nothing, so several are tried."
+    "What moves a router's choice. ValueError for an unknown router or draws < 1."
     row, found = find_row(name), dict.fromkeys(FACTS, False)
     for draw in range(in_range(draws, 1, float("inf"), "draws")):
-        g = torch.Generator().manual_seed(draw)
-        hidden, other = (torch.randn(64, 16, generator=g) * 1.5 for _ in range(2))
-        context = example_context(4, 16)
-
-        def choice(h=hidden, c=context, steps=0):
-            router = example_router(row, seed=draw)
-            for _ in range(steps):
-                router.train()
-                router(other.roll(1, 0) + 1, context)
-                router.steer()
-            return router.train(training)(h, c)[0]
-
-        base, own, ids = choice(), hidden.clone(), context.token_id.clone()
-        own[5], ids[5] = other[5], ids[5] + 17
-        kept = torch.arange(64) % 2 == 1  # half the rows stay, the other half is replaced
-        rest = torch.where(kept[:, None], hidden, 3 * other)
-        place = example_context(4, 16)
-        place.position[5] += 40
-        moved = lambda r: not torch.equal(r.mask[5], base.mask[5])
-        swapped = choice(h=hidden.roll(3, 0), c=_rolled(context, 3)).mask[8]
-        now = (
-            moved(choice(h=own)),
-            moved(choice(c=example_context(4, 16, ids))),
-            moved(choice(c=place)) or not torch.equal(swapped, base.mask[5]) and not moved(choice(h=rest)),
-            bool((choice(h=rest).mask != base.mask)[kept].any()),
-            bool((choice(steps=20).mask != base.mask).any()),
-            bool((base.counts != base.counts[0]).any()),
-        )
-        found = {f: found[f] or n for f, n in zip(FACTS, now)}
+        now = _what_moves(row, training, draw)
+        found = {fact: found[fact] or now[fact] for fact in FACTS}
     return found
 
-# %% ../../nbs/36_metrics.dependence.ipynb #8b3c2e37
-def _rolled(context, by: int):
+# %% ../../nbs/36_metrics.dependence.ipynb #33e1aeb5
+FACTS = ("own state", "token id", "place", "other tokens", "earlier steps", "number varies")
+
+
+def _choice(
+    row: Row, training: bool, seed: int, hidden: Tensor, context: Context, steps: int, earlier: Tensor
+) -> Routing:
+    "The decision for hidden states (64, H) of a fresh router, after so many training steps on `earlier` (64, H)."
+    router = example_router(row, seed=seed)
+    for _ in range(steps):
+        router.train()
+        router(earlier, example_context(4, 16))
+        router.steer()
+    return router.train(training)(hidden, context)[0]
+
+
+def _rolled(context: Context, by: int) -> Context:
     "The same rows in another order."
     new = example_context(4, 16, context.token_id.roll(by))
     new.position.copy_(context.position.roll(by))
     return new
 
+# %% ../../nbs/36_metrics.dependence.ipynb #8b3c2e37
+def _what_moves(row: Row, training: bool, seed: int) -> dict[str, bool]:
+    "For each of FACTS: does it move the choice for row 5 of one batch?"
+    g = torch.Generator().manual_seed(seed)
+    hidden, other = (torch.randn(64, 16, generator=g) * 1.5 for _ in range(2))
+    context, place = example_context(4, 16), example_context(4, 16)
+    place.position[5] += 40
 
-def spectrum(rows: Iterable[str] = tuple(ROUTERS)) -> pd.DataFrame:  # a row a router, most static first
+    def choice(h=hidden, c=context, steps=0):
+        return _choice(row, training, seed, h, c, steps, other.roll(1, 0) + 1)
+
+    base, own, ids = choice(), hidden.clone(), context.token_id.clone()
+    own[5], ids[5] = other[5], ids[5] + 17
+    kept = torch.arange(64) % 2 == 1  # half the rows stay, the other half is replaced
+    replaced = choice(h=torch.where(kept[:, None], hidden, 3 * other))
+    swapped = choice(h=hidden.roll(3, 0), c=_rolled(context, 3)).mask[8]
+    moved = lambda r: not torch.equal(r.mask[5], base.mask[5])
+    return {
+        "own state": moved(choice(h=own)),
+        "token id": moved(choice(c=example_context(4, 16, ids))),
+        "place": moved(choice(c=place)) or not torch.equal(swapped, base.mask[5]) and not moved(replaced),
+        "other tokens": bool((replaced.mask != base.mask)[kept].any()),
+        "earlier steps": bool((choice(steps=20).mask != base.mask).any()),
+        "number varies": bool((base.counts != base.counts[0]).any()),
+    }
+
+# %% ../../nbs/36_metrics.dependence.ipynb #49e7b364
+def spectrum(
+    rows: Iterable[str] = tuple(ROUTERS),  # names in ROUTERS
+) -> pd.DataFrame:  # a row a router, most static first
     "Where each router stands: on how many things its choice depends."
     table = pd.DataFrame([{"router": r, "group": ROUTERS[r].group, **depends_on(r)} for r in rows])
-    return table.assign(depends=table[list(FACTS)].sum(axis=1)).sort_values(
-        ["depends", *FACTS, "router"], ignore_index=True
-    )
+    order = ["depends", *FACTS, "router"]
+    return table.assign(depends=table[list(FACTS)].sum(axis=1)).sort_values(order, ignore_index=True)
 
 # %% ../../nbs/36_metrics.dependence.ipynb #ce8dc920
-def draw_spectrum(table: pd.DataFrame):  # from `spectrum` -> figure, table behind it
+def _draw_part(ax, part: pd.DataFrame, rows: int):
+    "One column of the figure: a line a router, a filled dot for each fact that moves it."
+    for y, (_, r) in enumerate(part.iterrows()):
+        ax.axhline(y, color="#EEEEEE", lw=0.7, zorder=0)
+        for x, f in enumerate(FACTS):
+            face, edge = (PALETTE["blue"], PALETTE["blue"]) if r[f] else ("white", "#CCCCCC")
+            ax.plot(x, y, "o", color=PALETTE["blue"], mfc=face, mec=edge)
+        ax.text(len(FACTS) - 0.4, y, str(r.depends), va="center")
+    ax.set(yticks=range(len(part)), xticks=range(len(FACTS)), xlim=(-0.5, len(FACTS)), ylim=(rows - 0.5, -0.5))
+    ax.set_yticklabels(part.router)
+    ax.set_xticklabels(FACTS, rotation=25, ha="left")
+    ax.xaxis.tick_top()
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+
+
+def draw_spectrum(
+    table: pd.DataFrame,  # from `spectrum`
+) -> tuple:  # figure, table behind it
     "Routers from static to dynamic, a dot for each thing the choice depends on."
     import matplotlib.pyplot as plt
 
@@ -83,22 +114,5 @@ def draw_spectrum(table: pd.DataFrame):  # from `spectrum` -> figure, table behi
     half = -(-len(table) // 2)
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 0.19 * half + 0.9), layout="constrained")
     for ax, part in zip(axes, (table[:half], table[half:])):
-        for y, (_, r) in enumerate(part.iterrows()):
-            ax.axhline(y, color="#EEEEEE", lw=0.7, zorder=0)
-            for x, f in enumerate(FACTS):
-                ax.plot(
-                    x,
-                    y,
-                    "o",
-                    color=PALETTE["blue"],
-                    mfc=PALETTE["blue"] if r[f] else "white",
-                    mec=PALETTE["blue"] if r[f] else "#CCCCCC",
-                )
-            ax.text(len(FACTS) - 0.4, y, str(r.depends), va="center")
-        ax.set(yticks=range(len(part)), xticks=range(len(FACTS)), xlim=(-0.5, len(FACTS)), ylim=(half - 0.5, -0.5))
-        ax.set_yticklabels(part.router)
-        ax.set_xticklabels(FACTS, rotation=25, ha="left")
-        ax.xaxis.tick_top()
-        ax.spines[:].set_visible(False)
-        ax.tick_params(length=0)
+        _draw_part(ax, part, half)
     return fig, table.replace({True: "yes", False: "no"})

@@ -16,33 +16,39 @@ from torch import Tensor
 from ..core import Routing, in_range, known
 
 # %% ../../nbs/30_metrics.load.ipynb #ca1d8758
+def _checked_block(block, i: int) -> list[Routing]:
+    "One block as a list of records that all hold the same tokens and the same number of experts."
+    block = list(block) if isinstance(block, (list, tuple)) else block
+    if not isinstance(block, list) or not block or not all(isinstance(r, Routing) for r in block):
+        raise TypeError(
+            f"block {i} is {type(block).__name__}, not a list of Routing records: give one record for each MoE layer"
+        )
+    lengths = {len(r.experts) for r in block}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"block {i}: its layers hold {sorted(lengths)} tokens; all layers of a block must hold the same tokens"
+        )
+    if len({r.num_experts for r in block}) > 1:
+        raise ValueError(f"block {i}: its layers have different numbers of experts")
+    return block
+
+
 def blocks(
     source: Routing | list[Routing] | Iterable[list[Routing]],  # one layer, one block, or an iterable of blocks
 ) -> Iterator[list[Routing]]:  # blocks of L records each
-    "The blocks of a source, each checked: records of one number of tokens, L and E as in the first."
+    "The blocks of a source, each checked. TypeError or ValueError where tokens, L or E do not fit together."
     if isinstance(source, Routing):
         source = [[source]]
     elif isinstance(source, (list, tuple)) and source and isinstance(source[0], Routing):
         source = [source]
     shape = None
     for i, block in enumerate(source):
-        block = list(block) if isinstance(block, (list, tuple)) else block
-        if not isinstance(block, list) or not block or not all(isinstance(r, Routing) for r in block):
-            raise TypeError(
-                f"block {i} is {type(block).__name__}, not a list of Routing records: give one record for each MoE layer"
-            )
-        lengths, found = {len(r.experts) for r in block}, (len(block), block[0].num_experts)
-        if len(lengths) > 1:
-            raise ValueError(
-                f"block {i}: its layers hold {sorted(lengths)} tokens; all layers of a block must hold the same tokens"
-            )
-        if {r.num_experts for r in block} != {found[1]}:
-            raise ValueError(f"block {i}: its layers have different numbers of experts")
+        block = _checked_block(block, i)
+        found = (len(block), block[0].num_experts)
         shape = shape or found
         if found != shape:
-            raise ValueError(
-                f"block {i} has {found[0]} layers of {found[1]} experts, block 0 has {shape[0]} of {shape[1]}: one source, one model"
-            )
+            there = f"{found[0]} layers of {found[1]} experts, block 0 has {shape[0]} of {shape[1]}"
+            raise ValueError(f"block {i} has {there}: one source, one model")
         yield block
 
 # %% ../../nbs/30_metrics.load.ipynb #c9142518
@@ -64,6 +70,7 @@ def _loads(load) -> np.ndarray:
 
 
 def _over(x, y):
+    "x / y, NaN where y is 0."
     return np.divide(x, y, out=np.full(np.broadcast(x, y).shape, np.nan), where=np.asarray(y) != 0)
 
 
@@ -168,8 +175,8 @@ def noise_floor(
     mean_k: float,  # mean experts per token
     counts: np.ndarray | None = None,  # (E+1,) the exact counts, in place of tokens and mean_k
     quantile: float | None = None,  # None: the mean over simulations; .95: what noise exceeds one time in twenty
-    draws: int = 100,
-    generator: np.random.Generator | None = None,
+    draws: int = 100,  # simulated routers
+    generator: np.random.Generator | None = None,  # default: seeded with 0
 ) -> float:
     "What a load metric reads when experts are drawn at random: no router can be shown to be more even than this."
     f = LOAD_METRICS[known(metric, LOAD_METRICS, "load metric")]

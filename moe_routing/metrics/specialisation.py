@@ -19,7 +19,7 @@ from ..core import Routing, in_range
 # %% ../../nbs/35_metrics.specialisation.ipynb #c7139af9
 @dataclass
 class TokenSets:
-    "Which token ids selected which expert, in L layers, and how often each id occurred; sets of further blocks are added with +."
+    "Which token ids selected which expert, in L layers, and how often each id occurred; blocks are added with +."
 
     num_experts: int  # E
     codes: list[np.ndarray]  # L sorted int64 arrays: token_id * E + expert
@@ -30,12 +30,9 @@ class TokenSets:
         if isinstance(other, int):
             return self  # the 0 that a sum starts with
         ids, place = np.unique(np.concatenate([self.ids, other.ids]), return_inverse=True)
-        occurrences = np.bincount(place, np.concatenate([self.occurrences, other.occurrences]), len(ids)).astype(
-            np.int64
-        )
-        return TokenSets(
-            self.num_experts, [np.union1d(a, b) for a, b in zip(self.codes, other.codes)], ids, occurrences
-        )
+        times = np.bincount(place, np.concatenate([self.occurrences, other.occurrences]), len(ids)).astype(np.int64)
+        codes = [np.union1d(a, b) for a, b in zip(self.codes, other.codes)]
+        return TokenSets(self.num_experts, codes, ids, times)
 
     def overlaps(self, layer: int) -> np.ndarray:  # (E, E) Jaccard overlap of the sets; NaN where both are empty
         "Overlap of every pair of experts in a layer."
@@ -60,11 +57,13 @@ def token_sets(
 
 
 def _pairs(matrix: np.ndarray) -> np.ndarray:
+    "The values above the diagonal of (E, E)."
     return matrix[np.triu_indices(len(matrix), 1)]
 
 
 def expert_overlap(
-    sets: TokenSets, layer: int
+    sets: TokenSets,  # of L layers
+    layer: int,  # from 0
 ) -> tuple[float, float]:  # `expert_overlap`, `expert_overlap_seed`; NaN where there is no pair
     "Mean overlap over pairs of used experts, and over all pairs as the seed counts them."
     J = sets.overlaps(layer)
@@ -93,13 +92,8 @@ def random_expert_overlap(
     return tuple(float(x.mean()) if x.size else float("nan") for x in (J[used], J))
 
 # %% ../../nbs/35_metrics.specialisation.ipynb #c7e18dfb
-SIMILARITY = (
-    "gram_orthogonality",
-    "similarity_abs",
-    "similarity_mean",
-    "similarity_max",
-    "similarity_std",
-)  # of the expert representations
+# of the expert representations
+SIMILARITY = ("gram_orthogonality", "similarity_abs", "similarity_mean", "similarity_max", "similarity_std")
 
 
 def _statistics(cosines: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
@@ -127,9 +121,9 @@ def random_cosines(
     num_experts: int,  # E
     width: int,  # R
     draws: int,  # simulated sets of E vectors
-    generator: np.random.Generator,
+    generator: np.random.Generator,  # of the draws
 ) -> np.ndarray:  # (draws, E (E - 1) / 2)
-    "Cosines of random unit vectors; those of different pairs are uncorrelated in value and square, so they are drawn one by one."
+    "Cosines of random unit vectors, drawn one by one: different pairs are uncorrelated in value and in square."
     z = generator.standard_normal((draws, num_experts * (num_experts - 1) // 2))
     return np.sign(z) if width == 1 else z / np.sqrt(z**2 + generator.chisquare(width - 1, z.shape))
 

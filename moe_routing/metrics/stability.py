@@ -36,7 +36,8 @@ def overlap_sums(
     shape, found = ([(len(r.experts), r.num_experts) for r in b] for b in (block, other))
     if shape != found:
         raise ValueError(
-            f"the second run does not match the first: (tokens, experts) of the layers are {found} and {shape}; run the same model on the same tokens in the same blocks"
+            f"the second run does not match the first: (tokens, experts) of the layers are {found} and {shape}; "
+            "run the same model on the same tokens in the same blocks"
         )
     return torch.stack([jaccard(r.mask, o.mask).sum() for r, o in zip(block, other)]).cpu().numpy()
 
@@ -79,9 +80,9 @@ def overlap_noise(
 # %% ../../nbs/33_metrics.stability.ipynb #c0c66534
 def circle(
     tokens: int,  # T
-    device="cpu",
+    device="cpu",  # of the answer
 ) -> tuple[Tensor, Tensor]:  # two (T,) index tensors: random pairs of different tokens; empty for less than two tokens
-    "Random pairs in which every token is first once and second once; drawn from T alone, so that the same block gives the same pairs."
+    "Random pairs in which every token is first once and second once; drawn from T alone, so they can be repeated."
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens)).to(device)
     return (order, order.roll(-1)) if tokens > 1 else (order[:0], order[:0])
 
@@ -94,18 +95,14 @@ def random_overlap_sums(
 
     def one(r, o):
         first, second = circle(len(r.experts), r.experts.device)
-        return torch.stack(
-            [
-                jaccard(r.mask[first], o.mask[second]).sum(),
-                torch.tensor(len(first), dtype=torch.float64, device=first.device),
-            ]
-        )
+        overlap = jaccard(r.mask[first], o.mask[second]).sum()
+        return torch.stack([overlap, torch.full_like(overlap, len(first))])
 
     return torch.stack([one(r, o) for r, o in zip(block, other)]).cpu().numpy()
 
 # %% ../../nbs/33_metrics.stability.ipynb #c35e5f80
 def neighbours(
-    context: Context,
+    context: Context,  # of T rows
 ) -> Tensor | None:  # (T-1,) bool: row i and row i + 1 are consecutive valid tokens of one sequence; None where unknown
     "Which rows follow each other inside a sequence."
     if context.sequence is None or context.position is None:
@@ -117,9 +114,7 @@ def neighbours(
 def sequential_sums(
     block: list[Routing],  # L records of the same T tokens
     context: Context,  # where their rows come from
-) -> (
-    np.ndarray | None
-):  # (L, 2) float64: Jaccard overlap of neighbours, and how many pairs; None where the order is unknown
+) -> np.ndarray | None:  # (L, 2): Jaccard overlap of neighbours, and how many pairs; None where the order is unknown
     "Overlap of the experts of consecutive tokens. Additive over blocks."
     pairs = neighbours(context)
     if pairs is None:

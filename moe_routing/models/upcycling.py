@@ -176,49 +176,41 @@ class UpcycledMLP(nn.Module):
 
 # %% ../../nbs/44_models.upcycling.ipynb #c6240eb0
 _MAPS = ("gate_proj", "up_proj", "down_proj")
-_FORM = "needed is an MLP with linear maps gate_proj, up_proj, down_proj and an activation act_fn, computing down(act(gate(x)) * up(x)), as in Llama, Qwen, Mistral, Gemma or SmolLM"
+_FORM = (
+    "needed is an MLP with linear maps gate_proj, up_proj, down_proj and an activation act_fn, computing "
+    "down(act(gate(x)) * up(x)), as in Llama, Qwen, Mistral, Gemma or SmolLM"
+)
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     "Path and list of the decoder layers."
     count = getattr(model.config, "num_hidden_layers", None)
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) == count
-            and not any(isinstance(m, nn.ModuleList) for m in list(module.children()))
-        ):
+        nested = any(isinstance(m, nn.ModuleList) for m in module.children())
+        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
             return name, module
     raise ValueError(f"{type(model).__name__} cannot be upcycled: it has no list of {count} decoder layers")
 
 # %% ../../nbs/44_models.upcycling.ipynb #ec6a9551
 def _dense_mlp(name: str, layer: nn.Module) -> str:
     "The name of a decoder layer's MLP; ValueError if it has none of the form that is needed."
-    parts = {
-        n: m
-        for n, m in layer.named_children()
-        if all(isinstance(getattr(m, p, None), nn.Linear) for p in _MAPS) and not hasattr(m, "experts")
-    }
+    maps = lambda m: all(isinstance(getattr(m, p, None), nn.Linear) for p in _MAPS)
+    parts = {n: m for n, m in layer.named_children() if maps(m) and not hasattr(m, "experts")}
     if len(parts) != 1 or not callable(getattr(next(iter(parts.values()), None), "act_fn", None)):
-        other, part = next(
-            (
-                (n, m)
-                for n, m in layer.named_children()
-                if n in ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
-            ),
-            ("", layer),
-        )
-        names = ", ".join([n for n, _ in part.named_children()])
-        already = (
-            "a mixture of experts already, "
-            if any("expert" in n or n == "gate" for n, _ in part.named_children())
-            else ""
-        )
-        raise ValueError(
-            f"{name}{'.' + other if other else ''} cannot be upcycled: found {already}{type(part).__name__} with "
-            f"{names or 'no modules'}; {_FORM}"
-        )
+        raise ValueError(_what_was_found(name, layer))
     return next(iter(parts))
+
+
+def _what_was_found(name: str, layer: nn.Module) -> str:
+    "What a decoder layer has in place of a dense MLP, in words."
+    usual = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
+    other, part = next(((n, m) for n, m in layer.named_children() if n in usual), ("", layer))
+    names = [n for n, _ in part.named_children()]
+    already = "a mixture of experts already, " if any("expert" in n or n == "gate" for n in names) else ""
+    return (
+        f"{name}{'.' + other if other else ''} cannot be upcycled: found {already}{type(part).__name__} with "
+        f"{', '.join(names) or 'no modules'}; {_FORM}"
+    )
 
 # %% ../../nbs/44_models.upcycling.ipynb #c8304d03
 @torch.no_grad()
@@ -246,9 +238,9 @@ def upcycle(
     experts: str = "ragged",  # experts implementation: ragged, grouped_mm, batched_mm, eager
     seed: int = 0,  # of the gates
 ) -> nn.Module:  # the same model
-    """Make each dense MLP a mixture of copies of itself.
+    """Make each dense MLP a mixture of copies of itself. Source: arXiv 2212.05055, seed document 001.
 
-    ValueError, with the model untouched, if a layer has another form."""
+    ValueError, with the model untouched, if a layer has another form or a value is out of range."""
     known(combine, COMBINE, "way to combine")
     in_range(num_experts, 2, float("inf"), "num_experts")
     in_range(k, 1, num_experts, "k")
@@ -263,21 +255,13 @@ def upcycle(
     for i, name in where.items():
         _check_form(f"{path}.{i}.{name}", getattr(layers[i], name))
     for i, name in where.items():
-        setattr(
-            layers[i],
-            name,
-            UpcycledMLP(config, getattr(layers[i], name), num_experts, k, shared_expert, combine, seed * 1_009 + i),
-        )
+        dense = getattr(layers[i], name)
+        mixture = UpcycledMLP(config, dense, num_experts, k, shared_expert, combine, seed * 1_009 + i)
+        setattr(layers[i], name, mixture)
     config._experts_implementation = experts
     config.num_experts, config.num_experts_per_tok = num_experts, k
-    config.upcycling = dict(
-        num_experts=num_experts,
-        k=k,
-        first_k_dense_replace=first_k_dense_replace,
-        shared_expert=shared_expert,
-        combine=combine,
-        seed=seed,
-    )
+    config.upcycling = dict(num_experts=num_experts, k=k, first_k_dense_replace=first_k_dense_replace)
+    config.upcycling |= dict(shared_expert=shared_expert, combine=combine, seed=seed)
     return model
 
 # %% ../../nbs/44_models.upcycling.ipynb #c6fee2ff
@@ -348,31 +332,29 @@ def _attention(device, dtype) -> dict:
 
 # %% ../../nbs/44_models.upcycling.ipynb #cd57bf64
 def load_dense(
-    name: str = "tiny_dense",  # tiny_dense; a folder or hub id of a text model, or of a vision-language one whose text model is taken
-    dtype: str | torch.dtype | None = None,
+    name: str = "tiny_dense",  # tiny_dense; a folder or hub id of a text model, or of a vision-language one
+    dtype: str | torch.dtype | None = None,  # of the weights; None: as settings.ini says
     device: str | None = None,  # as for `load_model`
-    autocast: torch.dtype
-    | None = None,  # precision it will run in, where that is not the dtype of its weights; decides the attention
+    autocast: torch.dtype | None = None,  # precision it will run in, where that is another; decides the attention
     settings=None,  # of `load_settings`; read when not given
     **options,  # for tiny_dense its parameters, else passed to from_pretrained
 ) -> tuple:  # model in evaluation mode, tokenizer
     """A dense causal language model to upcycle, with the attention that `attention_backend` chooses.
 
-    Raises like `load_model`, and ValueError on a foreign tokenizer."""
+    Of a vision-language model it is the text model. Raises like `load_model`, and ValueError on a foreign tokenizer."""
     settings = settings or load_settings()
     device = str(device or settings.torch_device())
     dtype = dtype or ("float32" if settings.dtype == "auto" else settings.dtype)
-    precise = (
-        getattr(torch, known(dtype, ("float32", "bfloat16", "float16"), "dtype")) if isinstance(dtype, str) else dtype
-    )
+    if isinstance(dtype, str):
+        dtype = getattr(torch, known(dtype, ("float32", "bfloat16", "float16"), "dtype"))
     if name == "tiny_dense":
         model, tokenizer = tiny_dense(**options)
-        return model.to(device, precise), tokenizer
-    options = {**_attention(device, autocast or precise), **options}
+        return model.to(device, dtype), tokenizer
+    options = {**_attention(device, autocast or dtype), **options}
     if _vision_language(name, settings):
-        model, tokenizer = _text_of(name, precise, device, settings, options)
+        model, tokenizer = _text_of(name, dtype, device, settings, options)
     else:
-        model, tokenizer = load_model(name, precise, device, experts=None, settings=settings, **options)
+        model, tokenizer = load_model(name, dtype, device, experts=None, settings=settings, **options)
     check_tokenizer(model, tokenizer)
     return model, tokenizer
 
@@ -433,54 +415,49 @@ def parameter_groups(
     return list(groups.values())
 
 # %% ../../nbs/44_models.upcycling.ipynb #c562f3be
+def _as_list(router) -> list[nn.Module]:
+    "No router, one for all layers, or one for each, as a list."
+    if router is None:
+        return []
+    return [router] if isinstance(router, nn.Module) and not isinstance(router, nn.ModuleList) else list(router)
+
+
+def _in_one_piece(path: Path, write) -> None:
+    "Let `write` make a file under another name first."
+    part = path.with_name(path.name + ".new")
+    write(part)
+    os.replace(part, path)
+
+# %% ../../nbs/44_models.upcycling.ipynb #9ca2e75c
 def save_upcycled(
-    model: nn.Module,
-    folder: str | Path,
-    tokenizer=None,
+    model: nn.Module,  # made by `upcycle`
+    folder: str | Path,  # is made where it is missing
+    tokenizer=None,  # saved beside it
     router: "Router | list[Router] | None" = None,  # one for all layers, or a list with one for each
     made_by: dict | None = None,  # arguments of `make_router` for it, with name=
-) -> Path:
-    "Write an upcycled model; files appear under their names only when they are whole."
+) -> Path:  # the folder
+    """Write an upcycled model; files appear under their names only when they are whole.
+
+    ValueError for a model that was not upcycled, or a router without the arguments it was made by."""
     if not hasattr(model.config, "upcycling"):
         raise ValueError(f"{type(model).__name__} was not upcycled: use its own save_pretrained")
     if router is not None and not made_by:
         raise ValueError(
-            "a router is kept with the arguments it was made by: save_upcycled(..., router=router, made_by={'name': "
-            "'softk', 'k': 2})"
+            "a router is kept with the arguments it was made by: save_upcycled(..., router=router, "
+            "made_by={'name': 'softk', 'k': 2})"
         )
-    folder = Path(folder)
-    routers = (
-        []
-        if router is None
-        else [router]
-        if isinstance(router, nn.Module) and not isinstance(router, nn.ModuleList)
-        else list(router)
-    )
+    folder, routers = Path(folder), _as_list(router)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(model.config.to_json_string(use_diff=False))
-    facts = {
-        "upcycling": config.pop("upcycling"),
-        "config": {k: v for k, v in config.items() if not k.startswith("_")},
-        "router": made_by,
-        "routers": len(routers),
-        "one_router": isinstance(router, Router),
-    }
-
-    def whole(name, write):
-        write(folder / (name + ".new"))
-        os.replace(folder / (name + ".new"), folder / name)
-
-    whole("model.safetensors", lambda p: save_weights(model, str(p)))
+    facts = {"upcycling": config.pop("upcycling"), "config": {k: v for k, v in config.items() if k[:1] != "_"}}
+    facts |= {"router": made_by, "routers": len(routers), "one_router": isinstance(router, Router)}
+    _in_one_piece(folder / "model.safetensors", lambda p: save_weights(model, str(p)))
     if routers:
-        whole(
-            "router.safetensors",
-            lambda p: save_file(
-                {f"{i}/{n}": t.contiguous() for i, r in enumerate(routers) for n, t in r.state_dict().items()}, p
-            ),
-        )
+        state = {f"{i}/{n}": t.contiguous() for i, r in enumerate(routers) for n, t in r.state_dict().items()}
+        _in_one_piece(folder / "router.safetensors", lambda p: save_file(state, p))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    whole("upcycled.json", lambda p: p.write_text(json.dumps(facts, indent=1)))
+    _in_one_piece(folder / "upcycled.json", lambda p: p.write_text(json.dumps(facts, indent=1)))
     return folder
 
 # %% ../../nbs/44_models.upcycling.ipynb #cdbd4572

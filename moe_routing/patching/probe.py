@@ -14,7 +14,34 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core import Routing, Rule, one_past_last, order_slots
+from ..core import one_past_last
+
+# %% ../../nbs/20_patching.probe.ipynb #c7139af9
+@dataclass
+class MoELayer:
+    "One Mixture-of-Experts layer of a model: its gate, its experts, and what the probe learned about them."
+
+    index: int  # among the MoE layers, from 0, in the order of execution
+    name: str  # path of the module that holds both
+    gate_name: str  # path of the gate
+    experts_name: str  # path of the experts module
+    gate: nn.Module = field(repr=False)
+    experts: nn.Module = field(repr=False)
+    num_experts: int  # E
+    k: int  # the model's own experts per token
+    weights_from: str  # the gate's weights for any set: "softmax", "softmax, sum 1", "replay", or "" where refused
+    why_not: str = ""  # reason where native weights for other sets are refused
+    logits_are: str = "logits"  # or "probabilities", which are turned into their logarithm
+    places: tuple = field(default=(0, 1, 2), repr=False)  # where logits, weights and experts are in the gate's output
+    outputs: int = field(default=3, repr=False)  # length of the gate's output
+    topks: int = field(default=0, repr=False)  # top-k calls of one forward of the gate
+    dtype: torch.dtype = torch.float32  # of the gate's weights
+
+# %% ../../nbs/20_patching.probe.ipynb #91a1f662
+class MoELayers(list):
+    "A list of `MoELayer`; `refused` maps the path of each module that does not keep the seam to the reason."
+
+    refused: dict[str, str]
 
 # %% ../../nbs/20_patching.probe.ipynb #c412bd63
 def _tensors(tree) -> list[Tensor]:
@@ -93,29 +120,6 @@ class _TopK(TorchFunctionMode):
         experts = self.answer.view(*scores.shape[:-1], -1)
         return torch.return_types.topk((scores.gather(-1, experts), experts))
 
-# %% ../../nbs/20_patching.probe.ipynb #c7139af9
-@dataclass
-class MoELayer:
-    "One Mixture-of-Experts layer of a model: its gate, its experts, and what the probe learned about them."
-
-    index: int  # among the MoE layers, from 0, in the order of execution
-    name: str  # path of the module that holds both
-    gate_name: str  # path of the gate
-    experts_name: str  # path of the experts module
-    gate: nn.Module = field(repr=False)
-    experts: nn.Module = field(repr=False)
-    num_experts: int  # E
-    k: int  # the model's own experts per token
-    weights_from: (
-        str  # how the gate's weights for any set are had: "softmax", "softmax, sum 1", "replay", or "" where refused
-    )
-    why_not: str = ""  # reason where native weights for other sets are refused
-    logits_are: str = "logits"  # or "probabilities", which are turned into their logarithm
-    places: tuple = field(default=(0, 1, 2), repr=False)  # where logits, weights and experts are in the gate's output
-    outputs: int = field(default=3, repr=False)  # length of the gate's output
-    topks: int = field(default=0, repr=False)  # top-k calls of one forward of the gate
-    dtype: torch.dtype = torch.float32  # of the gate's weights
-
 # %% ../../nbs/20_patching.probe.ipynb #cb44bbab
 def _replay(forward: Callable, layer: MoELayer, args: tuple, kwargs: dict, experts: Tensor):
     "The gate's output when its last top-k answers with `experts` (T, K), all slots used."
@@ -135,26 +139,6 @@ def _same_values(a: Tensor, b: Tensor, tol: float = 1e-6) -> bool:
     "Equal up to `tol`, where NaN equals NaN: a damaged gate is the rule's to report."
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=10 * tol, atol=tol, equal_nan=True)
 
-
-def _softmax_form(layer: MoELayer, call: _Call, scores: Tensor, tries: list[tuple[Tensor, Tensor]]) -> str:
-    "Is the gate a plain softmax over its logits, bit for bit, for all sets tried? Then no second run of the gate is needed."
-    own = [t for t in (*call.module.parameters(), *call.module.buffers()) if t.numel() == layer.num_experts]
-    plain = (
-        layer.topks == 1
-        and len(_tensors(call.args)) + len(call.kwargs) == 1
-        and not own
-        and layer.logits_are == "logits"
-    )
-    logits = _rows(call.output[layer.places[0]])
-    if not plain or not torch.equal(_rows(scores), logits.softmax(-1, dtype=torch.float32)):
-        return "replay"
-    for form in ("softmax", "softmax, sum 1"):
-        if all(
-            torch.equal(_softmax_weights(_rows(scores), experts, form).to(w.dtype), _rows(w)) for experts, w in tries
-        ):
-            return form
-    return "replay"
-
 # %% ../../nbs/20_patching.probe.ipynb #55835f3f
 def _softmax_weights(probs: Tensor, experts: Tensor, form: str) -> Tensor:
     "(T, K): the probabilities of the experts, renormalised where the model does so."
@@ -164,38 +148,61 @@ def _softmax_weights(probs: Tensor, experts: Tensor, form: str) -> Tensor:
     total = weights.sum(-1, keepdim=True)
     return weights / total.masked_fill(total == 0, 1)
 
+# %% ../../nbs/20_patching.probe.ipynb #09514ba4
+def _softmax_form(layer: MoELayer, call: _Call, scores: Tensor, tries: list[tuple[Tensor, Tensor]]) -> str:
+    "Is the gate a plain softmax over its logits, bit for bit, for all sets tried? Else it is replayed."
+    own = [t for t in (*call.module.parameters(), *call.module.buffers()) if t.numel() == layer.num_experts]
+    alone = len(_tensors(call.args)) + len(call.kwargs) == 1
+    probs = _rows(scores)
+    plain = layer.topks == 1 and alone and not own and layer.logits_are == "logits"
+    if not plain or not torch.equal(probs, _rows(call.output[layer.places[0]]).softmax(-1, dtype=torch.float32)):
+        return "replay"
+    for form in ("softmax", "softmax, sum 1"):
+        if all(torch.equal(_softmax_weights(probs, experts, form).to(w.dtype), _rows(w)) for experts, w in tries):
+            return form
+    return "replay"
+
+# %% ../../nbs/20_patching.probe.ipynb #d6763c88
+def _tried(layer: MoELayer, call: _Call) -> tuple[list[Tensor], list[tuple]] | None:
+    "Three sets of experts (T, K), and the gate's outputs for them; None, with the reason in `layer`, where it fails."
+    E, own = layer.num_experts, _rows(call.output[layer.places[2]])
+    wide = torch.arange(min(layer.k + 1, E), device=own.device).expand(len(own), -1)
+    sets = [own, (own + 1) % E, wide]
+    try:
+        return sets, [_replay(call.module, layer, call.args, call.kwargs, s) for s in sets]
+    except Exception as e:
+        layer.why_not = f"its gate fails when its top-k is answered with another set ({type(e).__name__})"
+
 # %% ../../nbs/20_patching.probe.ipynb #c269ad08
 def _learn_weights(layer: MoELayer, call: _Call, model: nn.Module) -> str:
-    "Verify the replay on the probe's rows and note what it found in `layer`; a non-empty answer is a reason to refuse the layer."
-    logits, weights, ids = (call.output[i] for i in layer.places)
-    E, own = layer.num_experts, _rows(ids)
+    "Note in `layer` how its weights can be had; a non-empty answer is the reason to refuse the layer."
     with _quiet(model):
         with _TopK() as seen:
             call.module(*call.args, **call.kwargs)
-        scores = [s for s in seen.inputs if s.shape[-1] == E]
+        scores = [s for s in seen.inputs if s.shape[-1] == layer.num_experts]
         layer.topks = len(seen.inputs)
         if not scores or seen.inputs[-1] is not scores[-1]:
             layer.why_not = "its gate does not end in a top-k over the experts, so it cannot be asked about another set"
             return ""
-        other = (own + 1) % E
-        wide = torch.arange(min(layer.k + 1, E), device=own.device).expand(len(own), -1)
-        try:
-            first, second, third = (_replay(call.module, layer, call.args, call.kwargs, s) for s in (own, other, wide))
-        except Exception as e:
-            layer.why_not = f"its gate fails when its top-k is answered with another set ({type(e).__name__})"
-            return ""
-    for i, (a, b) in enumerate(zip(first, second)):
-        if i not in layer.places[1:] and isinstance(a, Tensor) and not _same_values(a, b, 0) and layer.k < E:
+        tried = _tried(layer, call)
+    if tried is None:
+        return ""
+    sets, outputs = tried
+    for i, (a, b) in enumerate(zip(*outputs[:2])):
+        if (
+            i not in layer.places[1:]
+            and isinstance(a, Tensor)
+            and not _same_values(a, b, 0)
+            and layer.k < layer.num_experts
+        ):
             return f"output {i} of its gate depends on which experts are chosen"
     _, w, e = layer.places
-    if (
-        not torch.equal(_rows(first[e]), own)
-        or not _same_values(first[w], weights)
-        or _rows(third[w]).shape != wide.shape
-    ):
+    first, _, third = outputs
+    answered = torch.equal(_rows(first[e]), sets[0]) and _same_values(first[w], call.output[w])
+    if not answered or _rows(third[w]).shape != sets[2].shape:
         layer.why_not = "its gate, asked about the model's own set, does not answer with the model's own weights"
         return ""
-    layer.weights_from = _softmax_form(layer, call, scores[-1], [(own, first[w]), (other, second[w]), (wide, third[w])])
+    layer.weights_from = _softmax_form(layer, call, scores[-1], [(s, o[w]) for s, o in zip(sets, outputs)])
     return ""
 
 # %% ../../nbs/20_patching.probe.ipynb #ca827d16
@@ -204,6 +211,26 @@ def _experts_size(module: nn.Module) -> int | None:
     sizes = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3}
     return sizes.pop() if len(sizes) == 1 else getattr(module, "num_experts", None)
 
+
+def _scores_at(output: tuple, w: int, e: int, tokens: int) -> int | None:
+    "Where a gate's output holds its logits: the first other floating-point tensor with a row for each token."
+    for i, o in enumerate(output):
+        if isinstance(o, Tensor) and o.is_floating_point() and i not in (w, e) and o.shape[:-1].numel() == tokens:
+            return i
+
+
+def _why_not_logits(logits: Tensor | None, E: int | None, ids: Tensor) -> str:
+    "The reason why a gate's logits (T, E) and experts (T, K) cannot be worked with, or ''."
+    if logits is None:
+        return "its gate returns no logits"
+    if E is None:
+        return "its experts are not stacked: their number is not known"
+    if logits.shape[-1] != E:
+        return f"its gate scores {logits.shape[-1]} classes for {E} experts"
+    if ids.unique().numel() and (ids.sort(-1).values.diff(dim=-1) == 0).any():
+        return "its gate names an expert twice for one token"
+    return ""
+
 # %% ../../nbs/20_patching.probe.ipynb #4fe5dd65
 def _learn_layer(
     index: int, gate: _Call, experts: _Call, ids: Tensor, weights: Tensor, model: nn.Module
@@ -211,52 +238,27 @@ def _learn_layer(
     "One pair of the probe as a `MoELayer`, or the reason why it is refused."
     out, E = gate.output, _experts_size(experts.module)
     w, e = (next(i for i, o in enumerate(out) if o is t) for t in (weights, ids))
-    others = [
-        i
-        for i, o in enumerate(out)
-        if isinstance(o, Tensor) and o.is_floating_point() and i not in (w, e) and o.shape[:-1].numel() == len(ids)
-    ]
-    if not others:
-        return None, "its gate returns no logits"
-    if E is None:
-        return None, "its experts are not stacked: their number is not known"
-    if out[others[0]].shape[-1] != E:
-        return None, f"its gate scores {out[others[0]].shape[-1]} classes for {E} experts"
-    if ids.unique().numel() and (ids.sort(-1).values.diff(dim=-1) == 0).any():
-        return None, "its gate names an expert twice for one token"
+    at = _scores_at(out, w, e, len(ids))
+    why = _why_not_logits(None if at is None else out[at], E, ids)
+    if why:
+        return None, why
     shared = [a for a, b in zip(gate.name.split("."), experts.name.split(".")) if a == b]
-    logits = _rows(out[others[0]]).float()
+    logits = _rows(out[at]).float()
     probable = bool((logits >= 0).all()) and torch.allclose(logits.sum(-1), torch.ones_like(logits[:, 0]), atol=1e-3)
-    layer = MoELayer(
-        index,
-        ".".join(shared),
-        gate.name,
-        experts.name,
-        gate.module,
-        experts.module,
-        E,
-        ids.shape[-1],
-        "",
-        logits_are="probabilities" if probable else "logits",
-        places=(others[0], w, e),
-        outputs=len(out),
-        dtype=weights.dtype,
-    )
+    names, modules = (".".join(shared), gate.name, experts.name), (gate.module, experts.module)
+    layer = MoELayer(index, *names, *modules, E, ids.shape[-1], weights_from="", outputs=len(out), dtype=weights.dtype)
+    layer.logits_are, layer.places = "probabilities" if probable else "logits", (at, w, e)
     why = _learn_weights(layer, gate, model)
     return (None, why) if why else (layer, "")
 
 # %% ../../nbs/20_patching.probe.ipynb #c7fb57ff
 def _looks_like_experts(module: nn.Module) -> bool:
-    "Stacked weights of at least two experts, or a list of at least two feed-forward modules of one shape."
-    stacked = [p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3 and p.shape[1] > 1]
-    if (
-        not isinstance(module, nn.modules.conv._ConvNd)
-        and len(stacked) > 1
-        and len(set(stacked)) == 1
-        and stacked[0] > 1
-    ):
+    "Stacked weights of at least two experts, or a module that declares itself parallel over experts."
+    if hasattr(module, "_is_expert_parallel"):
         return True
-    return hasattr(module, "_is_expert_parallel")
+    stacked = [p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3 and p.shape[1] > 1]
+    alike = len(stacked) > 1 and len(set(stacked)) == 1 and stacked[0] > 1
+    return alike and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _why_no_pair(call: _Call, calls: list[_Call]) -> str:
@@ -271,27 +273,26 @@ def _why_no_pair(call: _Call, calls: list[_Call]) -> str:
     return "the weights that reach its experts are not an output of its gate"
 
 # %% ../../nbs/20_patching.probe.ipynb #45fcf7d0
+def _pair(call: _Call, gates: list[_Call]) -> tuple[_Call, Tensor, Tensor] | None:
+    "The gate whose output holds the very ids (T, K) and weights (T, K) that this call was handed, and these two."
+    given = _tensors(call.args) + _tensors(call.kwargs.values())
+    for ids in (i for i in given if i.ndim == 2 and i.dtype in (torch.int64, torch.int32)):
+        for weights in (w for w in given if w.is_floating_point() and w.shape == ids.shape):
+            for gate in gates:
+                if any(o is ids for o in gate.output) and any(o is weights for o in gate.output):
+                    return None if gate.module is call.module else (gate, ids, weights)
+
+
 def _probe(model: nn.Module) -> tuple[list[MoELayer], dict[str, str]]:
     "All layers that keep the seam, and module path -> reason for those that do not."
     calls = _watch(model)
-    tuples = [c for c in calls if isinstance(c.output, (tuple, list)) and len(_tensors(c.output)) > 1]
+    gates = [c for c in calls if isinstance(c.output, (tuple, list)) and len(_tensors(c.output)) > 1]
     layers, refused, paired = [], {}, set()
     for call in calls:
-        if call.module in paired:
+        pair = None if call.module in paired else _pair(call, gates)
+        if pair is None:
             continue
-        given = _tensors(call.args) + _tensors(call.kwargs.values())
-        pairs = [
-            (g, i, w)
-            for i in given
-            if i.ndim == 2 and i.dtype in (torch.int64, torch.int32)
-            for w in given
-            if w.is_floating_point() and w.shape == i.shape
-            for g in tuples
-            if any(o is i for o in g.output) and any(o is w for o in g.output)
-        ]
-        if not pairs or pairs[0][0].module is call.module:
-            continue
-        layer, why = _learn_layer(len(layers), pairs[0][0], call, *pairs[0][1:], model)
+        layer, why = _learn_layer(len(layers), pair[0], call, *pair[1:], model)
         paired.add(call.module)
         if layer:
             layers.append(layer)
@@ -303,16 +304,10 @@ def _probe(model: nn.Module) -> tuple[list[MoELayer], dict[str, str]]:
     return layers, refused
 
 # %% ../../nbs/20_patching.probe.ipynb #c393a45d
-class MoELayers(list):
-    "A list of `MoELayer`; `refused` maps the path of each module that does not keep the seam to the reason."
-
-    refused: dict[str, str]
-
-
 def moe_layers(
     model: nn.Module,  # a transformers model
 ) -> MoELayers:  # in order of execution; `.refused` says which modules cannot be patched, and why
-    "Find the Mixture-of-Experts layers of a model by what they do in a forward on two tokens; ValueError if there is none."
+    "Find the MoE layers of a model by what they do in a forward on two tokens. ValueError if there is none."
     if not hasattr(model, "get_input_embeddings"):
         raise TypeError(
             f"a transformers model is needed, got {type(model).__name__} (load_model returns model and tokenizer)"
@@ -320,13 +315,9 @@ def moe_layers(
     found, refused = _probe(model)
     if not found:
         why = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:2])
-        raise ValueError(
-            f"{type(model).__name__} has no MoE layer that can be patched: "
-            + (
-                why
-                or "no gate module hands experts and weights to an experts module; a dense model, or one that does both in one module"
-            )
-        )
+        dense = "no gate module hands experts and weights to an experts module; a dense model, "
+        why = why or dense + "or one that does both in one module"
+        raise ValueError(f"{type(model).__name__} has no MoE layer that can be patched: {why}")
     layers = MoELayers(found)
     layers.refused = refused
     return layers

@@ -23,7 +23,7 @@ from ..traces.format import Trace
 class Horizon:
     "What is known when a guess for (token t, layer l) is made."
 
-    name: str
+    name: str  # a key of HORIZONS
     column: str | None  # of the trace, that a learned guess reads; None: token ids only
     knows: frozenset[str]  # facts: "past", "token", "layers", "stream", "own"
     layers_back: int = 0  # the column is read at layer l - layers_back ...
@@ -52,9 +52,9 @@ HORIZONS = {
 # %% ../../nbs/51_predictors.baselines.ipynb #c8461dcf
 def shift(
     x: Tensor,  # (B, S, ...)
-    n: int,
-    dim: int,  # places to move towards higher indices, along which dimension
-    fill: float = 0,
+    n: int,  # places to move towards higher indices
+    dim: int,  # along this dimension
+    fill: float = 0,  # what comes in
 ) -> Tensor:  # the same shape; the first n places hold `fill`
     "Move a tensor along one dimension: what place i held is now at place i + n."
     if not n:
@@ -86,8 +86,8 @@ COVERAGE = (1, 3, 5, 8, 10, 12, 15, 20, 25, 30)  # the sizes at which seed 004 r
 
 def random_value(
     metric: str,  # hit@1, recall@m, all@m, any@m
-    k: int,
-    num_experts: int,
+    k: int,  # experts a token
+    num_experts: int,  # E
 ) -> float:  # what guessing at random reaches on average
     "The exact value of chance for a metric of prediction."
     name, _, m = metric.partition("@")
@@ -99,6 +99,50 @@ def random_value(
         return comb(E - k, m - k) / comb(E, m) if m >= k else 0.0
     return 1 - comb(E - k, 1 if name == "hit" else m) / comb(E, 1 if name == "hit" else m)
 
+# %% ../../nbs/51_predictors.baselines.ipynb #5b8e07d1
+def _add(tally: "Tally", name: str, values: Tensor, document: Tensor) -> None:
+    "Add values (N, L) of a metric to the sums of their documents (N,)."
+    tally.sums[name].index_add_(0, document, values.double())
+
+
+def _calibrate(tally: "Tally", chances: Tensor, target: Tensor) -> None:
+    "Reliability: how often experts were needed that were given a chance of about p."
+    tally.probable, p, y = True, chances.clamp(0, 1).double(), target.double()
+    at = (p * tally.BINS).long().clamp(max=tally.BINS - 1)
+    for layer in range(p.shape[1]):
+        for column, v in enumerate((torch.ones_like(p[:, layer]), p[:, layer], y[:, layer])):
+            tally.bins[layer, :, column] += torch.bincount(at[:, layer].reshape(-1), v.reshape(-1), tally.BINS)
+    tally.brier += ((p - y) ** 2).mean(-1).sum(0)
+
+# %% ../../nbs/51_predictors.baselines.ipynb #c39b8e32
+def _update(
+    tally: "Tally",
+    scores: Tensor,  # (N, L, E), higher is likelier
+    target: Tensor,  # (N, L, E) bool
+    document: Tensor,  # (N,) index of the document
+    chances: Tensor | None = None,  # (N, L, E) probability that an expert is needed, where the predictor gives one
+) -> None:
+    "Add N tokens."
+    count = target.sum(-1).clamp(min=1)
+    ranked = scores.topk(tally.widest, -1).indices
+    right = target.gather(-1, ranked)
+    found = right.cumsum(-1)
+    tally.tokens.index_add_(0, document, torch.ones(target.shape[:2], dtype=torch.float64))
+    _add(tally, "hit@1", right[..., 0], document)
+    _add(tally, "exact", found.gather(-1, (count.clamp(max=tally.widest) - 1).unsqueeze(-1))[..., 0] == count, document)
+    for m in tally.sizes:
+        at = found[..., m - 1]
+        _add(tally, f"recall@{m}", at / count, document)
+        _add(tally, f"all@{m}", at == count, document)
+        _add(tally, f"any@{m}", at > 0, document)
+    guess = torch.zeros_like(target).scatter_(-1, ranked[..., : tally.k], True)
+    wrong = (guess & ~target).double()
+    share = wrong / wrong.sum(-1, keepdim=True).clamp(min=1)
+    tally.confusion += torch.einsum("nli,nlj->lij", (target & ~guess).double(), share)
+    tally.confusion.diagonal(dim1=1, dim2=2).add_((target & guess).sum(0))
+    if chances is not None:
+        _calibrate(tally, chances, target)
+
 # %% ../../nbs/51_predictors.baselines.ipynb #cab8f63b
 class Tally:
     "Sums of one predictor's scores against the truth, by document and layer."
@@ -107,49 +151,52 @@ class Tally:
 
     def __init__(
         self,
-        num_layers: int,
-        num_experts: int,
-        k: int,
+        num_layers: int,  # L
+        num_experts: int,  # E
+        k: int,  # experts a token
         documents: int,  # D
     ):
         self.k, self.E = k, num_experts
         sizes = sorted({min(m, num_experts) for m in COVERAGE} | {min(m * k, num_experts) for m in (1, 2, 4)})
         self.sizes, self.widest = sizes, sizes[-1]
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)
-        self.tokens = zeros(documents, num_layers)
+        self.tokens, self.seen, self.ties = zeros(documents, num_layers), torch.zeros(documents, dtype=torch.bool), 0
         self.sums = {
             n: zeros(documents, num_layers)
             for n in ["hit@1", "exact", *(f"{w}@{m}" for w in ("recall", "all", "any") for m in sizes)]
         }
-        self.confusion = zeros(
-            num_layers, num_experts, num_experts
-        )  # rows: a true expert; columns: what was guessed in its place
+        self.confusion = zeros(num_layers, num_experts, num_experts)  # true expert; what was guessed in its place
         self.bins, self.brier, self.probable, self.broken = zeros(num_layers, self.BINS, 3), zeros(num_layers), False, 0
 
     def _add(self, name, values, document):  # values (N, L)
         self.sums[name].index_add_(0, document, values.double())
 
-# %% ../../nbs/51_predictors.baselines.ipynb #c39b8e32
+# %% ../../nbs/51_predictors.baselines.ipynb #28a458b1
 def _update(
     self,
     scores: Tensor,  # (N, L, E), higher is likelier
     target: Tensor,  # (N, L, E) bool
     document: Tensor,  # (N,) index of the document
     chances: Tensor | None = None,  # (N, L, E) probability that an expert is needed, where the predictor gives one
+    ties: Tensor | None = None,  # (N, L) bool: rows that rounding alone decides; they are counted apart and not judged
 ) -> None:
     "Add N tokens."
+    decided = torch.ones(target.shape[:2], dtype=torch.bool) if ties is None else ~ties
+    self.ties += int((~decided).sum())
+    self.seen[document] = True
     count = target.sum(-1).clamp(min=1)
     ranked = scores.topk(self.widest, -1).indices
     right = target.gather(-1, ranked)
     found = right.cumsum(-1)
-    self.tokens.index_add_(0, document, torch.ones(target.shape[:2], dtype=torch.float64))
-    self._add("hit@1", right[..., 0], document)
-    self._add("exact", found.gather(-1, (count.clamp(max=self.widest) - 1).unsqueeze(-1))[..., 0] == count, document)
+    self.tokens.index_add_(0, document, decided.double())
+    exact = found.gather(-1, (count.clamp(max=self.widest) - 1).unsqueeze(-1))[..., 0] == count
+    self._add("hit@1", right[..., 0] & decided, document)
+    self._add("exact", exact & decided, document)
     for m in self.sizes:
         at = found[..., m - 1]
-        self._add(f"recall@{m}", at / count, document)
-        self._add(f"all@{m}", at == count, document)
-        self._add(f"any@{m}", at > 0, document)
+        self._add(f"recall@{m}", at / count * decided, document)
+        self._add(f"all@{m}", (at == count) & decided, document)
+        self._add(f"any@{m}", (at > 0) & decided, document)
     guess = torch.zeros_like(target).scatter_(-1, ranked[..., : self.k], True)
     wrong = (guess & ~target).double()
     share = wrong / wrong.sum(-1, keepdim=True).clamp(min=1)
@@ -158,7 +205,7 @@ def _update(
     if chances is not None:
         _calibrate(self, chances, target)
 
-
+# %% ../../nbs/51_predictors.baselines.ipynb #fb7aa730
 def _calibrate(self, chances, target):
     "Reliability: how often experts were needed that were given a chance of about p."
     self.probable, p, y = True, chances.clamp(0, 1).double(), target.double()
@@ -168,14 +215,14 @@ def _calibrate(self, chances, target):
             self.bins[layer, :, column] += torch.bincount(at[:, layer].reshape(-1), v.reshape(-1), self.BINS)
     self.brier += ((p - y) ** 2).mean(-1).sum(0)
 
-# %% ../../nbs/51_predictors.baselines.ipynb #fb7aa730
+# %% ../../nbs/51_predictors.baselines.ipynb #2066d4e6
 Tally.update = _update
 
 # %% ../../nbs/51_predictors.baselines.ipynb #c80bff3a
 def _over(self, metric: str, layers: slice | list[int]) -> tuple[Tensor, Tensor]:
-    "(D,) sums and (D,) numbers of token-layers of the documents that were seen."
-    seen = self.tokens.sum(1) > 0
-    return self.sums[known(metric, self.sums, "metric")][seen][:, layers].sum(1), self.tokens[seen][:, layers].sum(1)
+    "(D,) sums and (D,) numbers of decided token-layers of the documents that were seen."
+    sums = self.sums[known(metric, self.sums, "metric")]
+    return sums[self.seen][:, layers].sum(1), self.tokens[self.seen][:, layers].sum(1)
 
 
 def _value(self, metric: str, layers: slice | list[int] = slice(None)) -> float:
@@ -218,6 +265,10 @@ class Predictor(nn.Module):
         "(..., E): the probability that an expert is needed; None where the scores do not say."
         return scores if self.probable else None
 
+    def ties(self, batch: dict[str, Tensor]) -> Tensor | None:
+        "(B, S, L) bool: rows that rounding alone decides; None for a guess, which answers for all of them."
+        return None
+
     @property
     def device(self) -> torch.device:
         "Where its weights are; what only counts stays on the CPU."
@@ -233,12 +284,12 @@ def move(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     "The batch on a device."
     return batch if device.type == "cpu" else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
-
+# %% ../../nbs/51_predictors.baselines.ipynb #60e11553
 def default_device(device: str | torch.device | None = None) -> torch.device:  # None: a GPU where there is one
     "Where predictors are trained."
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-# %% ../../nbs/51_predictors.baselines.ipynb #60e11553
+# %% ../../nbs/51_predictors.baselines.ipynb #4ac88c0a
 def targets(
     batch: dict[str, Tensor],  # from `Trace.batches`
     num_experts: int,  # E
@@ -284,24 +335,51 @@ class Marginal(Predictor):
         return self.rates.expand(*batch["experts"].shape[:2], -1, -1)
 
 # %% ../../nbs/51_predictors.baselines.ipynb #c6846bae
+class _Counts:
+    "How often each expert was used after each key: up to 1 GiB of counts; keys met after that are left out."
+
+    def __init__(self, L: int, E: int):
+        self.rows, self.most = {}, max(1, 2**28 // (L * E))
+        self.used, self.seen = torch.zeros(0, L, E), torch.zeros(0)
+
+    def at(self, keys: Tensor) -> Tensor:
+        "The row of each key (N,), -1 where there is none."
+        return torch.tensor([self.rows.get(key, -1) for key in keys.tolist()])
+
+    def add(self, keys: Tensor, at: Tensor, used: Tensor) -> None:
+        "Count uses (N, L, E) of tokens whose key is keys[at]."
+        for key in keys.tolist():
+            if key not in self.rows and len(self.rows) < self.most:
+                self.rows[key] = len(self.rows)
+        if len(self.rows) > len(self.seen):
+            more = max(1024, len(self.rows)) if len(self.rows) * 2 <= self.most else self.most - len(self.seen)
+            self.used = torch.cat([self.used, torch.zeros(more, *self.used.shape[1:])])
+            self.seen = torch.cat([self.seen, torch.zeros(more)])
+        row = self.at(keys)[at]
+        kept = row >= 0
+        self.used.index_add_(0, row[kept], used[kept].float())
+        self.seen.index_add_(0, row[kept], torch.ones(int(kept.sum())))
+
+# %% ../../nbs/51_predictors.baselines.ipynb #cf6aab09
 class Table(Predictor):
     "How often each expert was used after a key: the token id, the previous token id, or both."
 
     passes, probable = 1, True
 
-    def __init__(self, horizon, trace, keys: str = "token"):
+    def __init__(
+        self,
+        horizon: Horizon,
+        trace: Trace,
+        keys: str = "token",  # or "previous", "bigram"
+    ):
         super().__init__(horizon, trace)
         self.keys = known(keys, ("token", "previous", "bigram"), "key of a table")
         self.needs = frozenset({"token": ["token"], "previous": ["past"], "bigram": ["past", "token"]}[keys])
         self.backoff = Table(horizon, trace, "token") if keys == "bigram" else Marginal(horizon, trace)
-        self.rows, self.most = (
-            {},
-            max(1, 2**28 // (self.L * self.E)),
-        )  # 1 GiB of counts; keys met after that are left to the backoff
-        self.used, self.seen = torch.zeros(0, self.L, self.E), torch.zeros(0)
+        self.counts = _Counts(self.L, self.E)
 
-    def key(self, batch: dict[str, Tensor]) -> Tensor:
-        "(B, S) int64"
+    def key(self, batch: dict[str, Tensor]) -> Tensor:  # (B, S) int64
+        "What is looked up for each token."
         token = batch["token_id"].long()
         before = shift(token, 1, 1, -1)
         return token if self.keys == "token" else before if self.keys == "previous" else (before + 1) * 2**32 + token
@@ -309,24 +387,14 @@ class Table(Predictor):
     def count(self, batch):
         self.backoff.count(batch)
         keys, at = self.key(batch)[batch["valid"]].unique(return_inverse=True)
-        for key in keys.tolist():
-            if key not in self.rows and len(self.rows) < self.most:
-                self.rows[key] = len(self.rows)
-        if len(self.rows) > len(self.seen):
-            more = max(1024, len(self.rows)) if len(self.rows) * 2 <= self.most else self.most - len(self.seen)
-            self.used = torch.cat([self.used, torch.zeros(more, self.L, self.E)])
-            self.seen = torch.cat([self.seen, torch.zeros(more)])
-        row = torch.tensor([self.rows.get(key, -1) for key in keys.tolist()])[at]
-        kept = row >= 0
-        self.used.index_add_(0, row[kept], targets(batch, self.E)[batch["valid"]][kept].float())
-        self.seen.index_add_(0, row[kept], torch.ones(int(kept.sum())))
+        self.counts.add(keys, at, targets(batch, self.E)[batch["valid"]])
 
     def forward(self, batch):
         keys, at = self.key(batch).unique(return_inverse=True)
-        row = torch.tensor([self.rows.get(key, -1) for key in keys.tolist()])[at]
+        row = self.counts.at(keys)[at]
         n, c = (
             torch.where((row >= 0).view(*row.shape, *[1] * (x.ndim - 1)), x[row.clamp(min=0)], 0)
-            for x in (self.seen, self.used)
+            for x in (self.counts.seen, self.counts.used)
         )
         return (c + self.backoff(batch)) / (n + 1)[..., None, None]
 
@@ -394,7 +462,7 @@ class GateOn(Predictor):
         fact = {"own": "own", "stale": "layers", "stream": "stream", "previous": "past"}[
             known(what, ("own", "stale", "stream", "previous"), "input of a gate")
         ]
-        self.needs, self.gates = frozenset([fact]), trace.gates()
+        self.needs, self.gates, self.what = frozenset([fact]), trace.gates(), what
         self.at = {
             "own": HORIZONS["own_gate"],
             "stale": replace(HORIZONS["previous_layer"], layers_back=self.gap),
@@ -408,6 +476,15 @@ class GateOn(Predictor):
         return torch.stack(
             [gate(x[:, :, l].flatten(0, 1)).view(*x.shape[:2], -1).float() for l, gate in enumerate(self.gates)], 2
         )
+
+    def ties(self, batch):
+        "For the control, computed again in another batch shape: where the k-th and next score differ by rounding."
+        if self.what != "own":
+            return None
+        hidden, experts = batch[self.at.column], batch["experts"]
+        at = [(hidden[:, :, l].flatten(0, 1), experts[:, :, l].flatten(0, 1)) for l in range(self.L)]
+        tied = [gate.control(*pair)[1].view(hidden.shape[:2]) for gate, pair in zip(self.gates, at)]
+        return torch.stack(tied, 2)
 
 # %% ../../nbs/51_predictors.baselines.ipynb #c1ab61ba
 BASELINES: dict[str, Callable[[Horizon, Trace], Predictor]] = {

@@ -10,7 +10,7 @@ __all__ = ['LOSSES', 'PREDICTORS', 'PRESETS', 'Standardise', 'ByLayer', 'Learned
 # %% ../../nbs/54_predictors.learned.ipynb #0f25ee87
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import cos, pi
 
 import torch
@@ -185,27 +185,62 @@ class TokenEmbedding(Learned):
         return self.map(self.embed(batch["token_id"].long()).unsqueeze(2).expand(-1, -1, self.L, -1))
 
 # %% ../../nbs/54_predictors.learned.ipynb #cc79d3c6
+class _Attention(nn.Module):
+    "Causal attention over rows of tokens (N, S, M), added to them."
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        N, S, M = rows.shape
+        q, k, v = self.qkv(self.norm(rows)).view(N, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return rows + self.out(y.transpose(1, 2).reshape(N, S, M))
+
+
+class _Recurrence(nn.Module):
+    "A GRU over rows of tokens (N, S, M)."
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.cell = nn.GRU(width, width, batch_first=True)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.cell(rows)[0]
+
+# %% ../../nbs/54_predictors.learned.ipynb #fe919a3c
+def _along_tokens(net: nn.Module, x: Tensor) -> Tensor:
+    "Run a network over the tokens of each sequence and layer: (B, S, L, M) -> the same."
+    B, S, L, M = x.shape
+    return net(x.transpose(1, 2).reshape(B * L, S, M)).view(B, L, S, M).transpose(1, 2)
+
+# %% ../../nbs/54_predictors.learned.ipynb #889ee26d
 class History(MLPGuess):
     """`mlp`, plus what causal attention (or a GRU) finds in the tokens so far.
 
-    Their hidden states and the experts they used."""
+    It reads their hidden states and the experts they used. ValueError for a horizon without hidden states."""
 
-    def __init__(self, horizon, trace, width: int = 512, memory: int = 128, heads: int = 4, recurrent: bool = False):
+    def __init__(
+        self,
+        horizon: Horizon,
+        trace: Trace,
+        width: int = 512,  # of the hidden layers
+        memory: int = 128,  # numbers that are kept of a token; a multiple of `heads`
+        heads: int = 4,
+        recurrent: bool = False,  # a GRU in place of attention
+    ):
         super().__init__(horizon, trace, width)
         if horizon.column is None:
             raise ValueError(f"history is for horizons that see hidden states, not for {horizon.name!r}")
         in_range(memory, heads, 10**5, "memory")
         if memory % heads:
             raise ValueError(f"memory = {memory} is not a multiple of heads = {heads}")
-        self.heads, self.recurrent = heads, recurrent
         self.past = Standardise(self.L, self.H)
         self.read = ByLayer(self.L, 2 * self.H + 2 * self.E, memory)
-        if recurrent:
-            self.cell = nn.GRU(memory, memory, batch_first=True)
-        else:
-            self.norm = nn.LayerNorm(memory)
-            self.qkv = nn.Linear(memory, 3 * memory)
-            self.out = nn.Linear(memory, memory)
+        self.memory = _Recurrence(memory) if recurrent else _Attention(memory, heads)
         self.last = nn.LayerNorm(memory)
         self.head = nn.Sequential(ByLayer(self.L, memory, width), nn.GELU(), ByLayer(self.L, width, self.E, zero=True))
 
@@ -216,23 +251,12 @@ class History(MLPGuess):
         super().prepare(batch)
         self.past.fit(batch["hidden"].float()[batch["valid"]])
 
-    def _remember(self, x: Tensor) -> Tensor:  # (B, S, L, M) -> the same
-        B, S, L, M = x.shape
-        rows = x.transpose(1, 2).reshape(B * L, S, M)
-        if self.recurrent:
-            y = self.cell(rows)[0]
-        else:
-            q, k, v = self.qkv(self.norm(rows)).view(B * L, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            y = rows + self.out(
-                F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B * L, S, M)
-            )
-        return y.view(B, L, S, M).transpose(1, 2)
-
     def forward(self, batch):
         x, used = self.standard(look(batch, self.horizon)), targets(batch, self.E).float()
         above = shift(used, self.gap, 2) if "layers" in self.horizon.knows else torch.zeros_like(used)
         known_now = torch.cat([x, shift(self.past(batch["hidden"].float()), 1, 1), shift(used, 1, 1), above], -1)
-        return self.map(x) + self.down(F.gelu(self.up(x))) + self.head(self.last(self._remember(self.read(known_now))))
+        remembered = _along_tokens(self.memory, self.read(known_now))
+        return self.map(x) + self.down(F.gelu(self.up(x))) + self.head(self.last(remembered))
 
 # %% ../../nbs/54_predictors.learned.ipynb #c998af5b
 class SeedSimple(Learned):
@@ -254,48 +278,57 @@ class SeedSimple(Learned):
     def forward(self, batch):
         return self.net(look(batch, self.horizon))
 
-# %% ../../nbs/54_predictors.learned.ipynb #fe919a3c
+# %% ../../nbs/54_predictors.learned.ipynb #3605c9e3
+def _block(a: int, b: int) -> list[nn.Module]:
+    "Linear, LayerNorm, ReLU, dropout."
+    return [nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU(), nn.Dropout(0.1)]
+
+
+def _head(width: int, num_experts: int, *drop: nn.Module) -> nn.Sequential:
+    "From `width` features to a score for each expert, over half as many."
+    half = width // 2
+    return nn.Sequential(nn.Linear(width, half), nn.ReLU(), *drop, nn.Linear(half, num_experts))
+
+# %% ../../nbs/54_predictors.learned.ipynb #f3e8da18
+def _now_and_later(now: Tensor, later: list[Tensor], target: Tensor, valid: Tensor) -> Tensor:
+    "Cross-entropy of the guesses for now, plus .3 times the mean of those for later tokens."
+    bce = lambda s, t, v: F.binary_cross_entropy_with_logits(s[v], t[v]) if v.any() else s.sum() * 0
+    ahead = [bce(s[:, :-i], target[:, i:], valid[:, i:]) for i, s in enumerate(later, 1) if s.shape[1] > i]
+    return bce(now, target, valid) + 0.3 * sum(ahead) / max(len(ahead), 1)
+
+# %% ../../nbs/54_predictors.learned.ipynb #1c94e0ad
 class SeedHybrid(Learned):
     """A head for now and four for the next tokens, over two causal transformer layers.
 
-    The same for all layers of the model."""
+    The same for all layers of the model. Source: seed document 004; `causal=False` is what it shipped."""
 
     pooled, steps = True, 4
 
-    def __init__(self, horizon, trace, width: int = 512, causal: bool = True):
+    def __init__(self, horizon: Horizon, trace: Trace, width: int = 512, causal: bool = True):
         super().__init__(horizon, trace)
         in_range(width, 8, 10**5, "width")
         if width % 8:
             raise ValueError(f"width = {width} is not a multiple of the 8 heads")
-        self.causal, self.reads = (
-            causal,
-            HORIZONS["own_gate"] if horizon.tokens_back else horizon,
-        )  # the temporal heads do the looking ahead
-        block = lambda a, b: [nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU(), nn.Dropout(0.1)]
-        head = lambda *drop: nn.Sequential(
-            nn.Linear(width, width // 2), nn.ReLU(), *drop, nn.Linear(width // 2, self.E)
-        )
-        self.features, self.now = nn.Sequential(*block(self.H, width), *block(width, width)), head(nn.Dropout(0.1))
+        self.causal = causal
+        self.reads = HORIZONS["own_gate"] if horizon.tokens_back else horizon  # the temporal heads look ahead
+        self.features = nn.Sequential(*_block(self.H, width), *_block(width, width))
+        self.now = _head(width, self.E, nn.Dropout(0.1))
         self.positions = nn.Parameter(torch.randn(1000, width) * 0.02)
         layer = nn.TransformerEncoderLayer(width, 8, 2 * width, 0.1, batch_first=True)
         self.temporal = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.later = nn.ModuleList(head() for _ in range(self.steps))
+        self.later = nn.ModuleList(_head(width, self.E) for _ in range(self.steps))
 
     def both(self, batch) -> tuple[Tensor, list[Tensor]]:
         "Scores (B, S, L, E) for now, and for 1 to 4 tokens later, at the position that makes the guess."
         x = self.features(look(batch, self.reads))
-        B, S, L, M = x.shape
-        rows = x.transpose(1, 2).reshape(B * L, S, M) + self.positions[:S]
+        S = x.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(S, x.device) if self.causal else None
-        y = self.temporal(rows, mask=mask, is_causal=self.causal).view(B, L, S, M).transpose(1, 2)
+        over = lambda rows: self.temporal(rows + self.positions[:S], mask=mask, is_causal=self.causal)
+        y = _along_tokens(over, x)
         return self.now(x), [head(y) for head in self.later]
 
     def loss(self, batch):
-        now, later = self.both(batch)
-        target, valid = targets(batch, self.E).float(), batch["valid"]
-        bce = lambda s, t, v: F.binary_cross_entropy_with_logits(s[v], t[v]) if v.any() else s.sum() * 0
-        ahead = [bce(s[:, :-i], target[:, i:], valid[:, i:]) for i, s in enumerate(later, 1) if s.shape[1] > i]
-        return bce(now, target, valid) + 0.3 * sum(ahead) / max(len(ahead), 1)
+        return _now_and_later(*self.both(batch), targets(batch, self.E).float(), batch["valid"])
 
     def forward(self, batch):
         now, later = self.both(batch)
@@ -320,9 +353,8 @@ class SeedTransformer(Learned):
         x = look(batch, self.horizon)
         B, S, L, _ = x.shape
         rows = self.read(x).transpose(1, 2).reshape(B * L, S, -1) + self.positions[:S]
-        hide = (batch["valid"] if self.as_shipped else ~batch["valid"]).repeat_interleave(
-            L, 0
-        )  # True = not to be attended to
+        # True = not to be attended to
+        hide = (batch["valid"] if self.as_shipped else ~batch["valid"]).repeat_interleave(L, 0)
         later = torch.ones(S, S, dtype=torch.bool, device=x.device).triu(1)
         y = self.net(rows, mask=None if self.as_shipped else later, src_key_padding_mask=hide)
         return self.head(y).view(B, L, S, -1).transpose(1, 2)
@@ -334,8 +366,8 @@ class Entry:
 
     make: Callable[..., Predictor]  # (horizon, trace, **settings)
     kind: str  # "trivial", "control", "learned" or "seed"
-    horizons: tuple[str, ...] = tuple(HORIZONS)
-    source: str = ""
+    horizons: tuple[str, ...] = tuple(HORIZONS)  # at which it makes sense
+    source: str = ""  # paper or seed document
 
 
 _hidden = tuple(n for n, h in HORIZONS.items() if h.column)
@@ -429,7 +461,8 @@ def tally(
                 broken = scores.isnan()
                 out[name].broken += int(broken.any(-1).any(-1).sum())
                 scores = scores.masked_fill(broken, -1e9)
-                out[name].update(scores, target, document, p.chances(scores))
+                ties = p.ties(b)
+                out[name].update(scores, target, document, p.chances(scores), None if ties is None else ties[valid])
     for n, p in predictors.items():
         p.train(modes[n])
     return out
@@ -437,14 +470,14 @@ def tally(
 # %% ../../nbs/54_predictors.learned.ipynb #cfea97f2-3
 @dataclass(frozen=True)
 class Recipe:
-    "How a predictor is trained."
+    "How a predictor is trained. ValueError for a value out of range."
 
-    lr: float = 2e-3
+    lr: float = 2e-3  # the highest learning rate
     batch: int = 8  # sequences; with by_layer, pairs of a sequence and a layer
-    epochs: int = 12
+    epochs: int = 12  # passes over the samples
     group: int = 2  # shards in memory at a time
     length: int | None = None  # first tokens of a sequence; None: all
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # of all weights
     schedule: str = "step"  # cosine with warm-up by "step", or by "epoch" without
     clip: float = 1.0  # of the gradient's norm
     loss: str | None = None  # bce, cross_entropy, ranking; None: the predictor's own
@@ -462,7 +495,7 @@ class Recipe:
         if self.length is not None:
             in_range(self.length, 2, 10**6, "length")
 
-
+# %% ../../nbs/54_predictors.learned.ipynb #67d2ea61
 _seed = Recipe(lr=5e-5, batch=8, epochs=20, group=4, length=128, schedule="epoch", by_layer=True, on_nan="skip")
 PRESETS = {
     "default": Recipe(),
@@ -501,19 +534,48 @@ def _examples(predictor, trace, samples, recipe, columns):
     return found
 
 # %% ../../nbs/54_predictors.learned.ipynb #cf4324fa
-def train_predictor(
-    predictor: Learned,
-    trace: Trace,
-    samples: Iterable[int],  # sample numbers to learn from
-    recipe: Recipe = Recipe(),
-    validation: Iterable[int] | None = None,  # to watch: hit@1, any@5 and slot recall after some epochs
-    watch: Iterable[int] = (1, 2, 5, 10, 20),
-    seed: int = 0,  # of the order and of dropout
-    device: str | torch.device | None = None,  # default: a GPU where there is one
-    progress: bool = True,
-) -> dict:  # parameters, steps, seconds, waited, skipped, losses and what was watched
-    "Train by AdamW; the weights after the last epoch stay, none are picked on the validation samples."
-    samples, columns = list(samples), predictor.columns()
+@dataclass
+class _Training:
+    "A training of a predictor: what it needs and what it has seen."
+
+    predictor: Learned
+    recipe: Recipe
+    device: object
+    steps: int  # of all epochs
+    per_epoch: int
+    optimizer: object
+    log: dict = field(default_factory=lambda: {"losses": [], "watched": [], "skipped": 0, "waited": 0.0, "steps": 0})
+
+
+def _pass_over(t: _Training, loader, epoch: int, bar) -> None:
+    "One epoch. FloatingPointError on a loss that is no number, unless such steps are skipped."
+    total, recipe, log = [], t.recipe, t.log
+    t.predictor.train()
+    for batch in loader:
+        for group in t.optimizer.param_groups:
+            group["lr"] = recipe.lr * _pace(recipe, log["steps"], t.steps, t.per_epoch)
+        loss = t.predictor.loss(move(batch, t.device))
+        log["steps"] += 1
+        bar.update()
+        if not loss.isfinite():
+            if recipe.on_nan == "error":
+                raise FloatingPointError(
+                    f"the loss is {float(loss.detach())} at step {log['steps']}, epoch {epoch + 1}: lower lr (now "
+                    f"{recipe.lr:g}), or look for damaged hidden states"
+                )
+            log["skipped"] += 1
+            continue
+        t.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(t.predictor.parameters(), recipe.clip)
+        t.optimizer.step()
+        total.append(loss.detach())
+    log["waited"] += loader.waited
+    log["losses"].append(round(float(torch.stack(total).mean()), 5) if total else None)
+
+# %% ../../nbs/54_predictors.learned.ipynb #bbca3524
+def _prepared(predictor: Learned, trace: Trace, samples: list[int], recipe: Recipe, device) -> None:
+    "Set the loss and let the predictor see some examples. ValueError where it cannot learn by layer."
     if recipe.by_layer and not predictor.pooled:
         raise ValueError(
             f"{type(predictor).__name__} has weights for each layer and cannot learn from one layer at a time: "
@@ -521,60 +583,46 @@ def train_predictor(
         )
     if recipe.loss:
         predictor.loss_name = recipe.loss
-    predictor.to(device := default_device(device))
+    predictor.to(device)
     with torch.no_grad():
-        predictor.prepare(move(_join(_examples(predictor, trace, samples, recipe, columns)), device))
-    options = dict(
-        batch=recipe.batch, samples=samples, length=recipe.length, group=recipe.group, by_layer=recipe.by_layer
-    )
+        predictor.prepare(move(_join(_examples(predictor, trace, samples, recipe, predictor.columns())), device))
+
+# %% ../../nbs/54_predictors.learned.ipynb #b920a353
+def train_predictor(
+    predictor: Learned,
+    trace: Trace,
+    samples: Iterable[int],  # sample numbers to learn from
+    recipe: Recipe = Recipe(),
+    validation: Iterable[int] | None = None,  # to watch: hit@1, any@5 and slot recall after some epochs
+    watch: Iterable[int] = (1, 2, 5, 10, 20),  # the epochs; the last is always watched
+    seed: int = 0,  # of the order and of dropout
+    device: str | torch.device | None = None,  # default: a GPU where there is one
+    progress: bool = True,  # show a bar
+) -> dict:  # parameters, steps, seconds, waited (seconds), skipped, losses and what was watched
+    """Train by AdamW; the weights after the last epoch stay, none are picked on the validation samples.
+
+    ValueError where the predictor cannot learn by layer, FloatingPointError on a loss that is no number."""
+    samples, columns, device = list(samples), predictor.columns(), default_device(device)
+    _prepared(predictor, trace, samples, recipe, device)
+    options = {n: getattr(recipe, n) for n in ("batch", "length", "group", "by_layer")} | {"samples": samples}
     per_epoch = len(trace.batches(columns, seed=seed, **options))
-    steps, step, log = per_epoch * recipe.epochs, 0, {"losses": [], "watched": [], "skipped": 0, "waited": 0.0}
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    started, watching = time.perf_counter(), 0.0
-    with (
-        torch.random.fork_rng(devices=[]),
-        tqdm(
-            total=steps, desc=f"training {type(predictor).__name__}", unit="step", disable=not progress, mininterval=1
-        ) as bar,
-    ):
+    t = _Training(predictor, recipe, device, per_epoch * recipe.epochs, per_epoch, optimizer)
+    started, watching, name = time.perf_counter(), 0.0, f"training {type(predictor).__name__}"
+    bar = tqdm(total=t.steps, desc=name, unit="step", disable=not progress, mininterval=1)
+    with torch.random.fork_rng(devices=[]), bar:
         torch.manual_seed(seed)
         for epoch in range(recipe.epochs):
-            loader, total = trace.batches(columns, seed=seed * 1000 + epoch, **options), []
-            predictor.train()
-            for batch in loader:
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * _pace(recipe, step, steps, per_epoch)
-                loss = predictor.loss(move(batch, device))
-                step += 1
-                bar.update()
-                if not loss.isfinite():
-                    if recipe.on_nan == "error":
-                        raise FloatingPointError(
-                            f"the loss is {float(loss.detach())} at step {step}, epoch {epoch + 1}: lower lr (now "
-                            f"{recipe.lr:g}), or look for damaged hidden states"
-                        )
-                    log["skipped"] += 1
-                    continue
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(predictor.parameters(), recipe.clip)
-                optimizer.step()
-                total.append(loss.detach())
-            log["waited"] += loader.waited
-            log["losses"].append(round(float(torch.stack(total).mean()), 5) if total else None)
+            _pass_over(t, trace.batches(columns, seed=seed * 1000 + epoch, **options), epoch, bar)
             if validation is not None and epoch + 1 in (*watch, recipe.epochs):
                 before = time.perf_counter()
-                log["watched"].append({"epoch": epoch + 1, **_watch(predictor, trace, validation)})
+                t.log["watched"].append({"epoch": epoch + 1, **_watch(predictor, trace, validation)})
                 watching += time.perf_counter() - before
-    log |= {
-        "device": str(device),
-        "parameters": sum(p.numel() for p in predictor.parameters()),
-        "steps": step,
-        "seconds": round(time.perf_counter() - started - watching, 3),
-        "waited": round(log["waited"], 4),
-    }
+    seconds = round(time.perf_counter() - started - watching, 3)
     predictor.eval()
-    return log
+    parameters = sum(p.numel() for p in predictor.parameters())
+    t.log |= {"device": str(device), "parameters": parameters, "seconds": seconds, "waited": round(t.log["waited"], 4)}
+    return t.log
 
 # %% ../../nbs/54_predictors.learned.ipynb #d8ebfb8b
 def _join(batches: list[dict]) -> dict:

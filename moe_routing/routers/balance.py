@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'SCORES', 'alone', 'mean_over_processes', 'demanded', 'mean_probabilities', 'aux_loss', 'z_loss',
-           'importance_loss', 'entropy_loss', 'aux_as_shipped', 'router_losses', 'gather_rows', 'Steered',
-           'LossFreeRouter', 'share_cut', 'quantile_prices', 'QuantileRouter', 'Kept', 'ThresholdRouter']
+           'importance_loss', 'entropy_loss', 'aux_as_shipped', 'router_losses', 'gather_rows', 'decides_anew',
+           'Steered', 'LossFreeRouter', 'share_cut', 'quantile_prices', 'QuantileRouter', 'Kept', 'ThresholdRouter']
 
 # %% ../../nbs/17_routers.balance.ipynb #c8bd3f84
 import math
@@ -25,10 +25,10 @@ def alone(x: Tensor) -> Tensor:  # (N, ...) -> (N, ...)
 
 
 def mean_over_processes(
-    total: Tensor,  # (...) a sum over this process's tokens, with its graph
+    total: Tensor,  # (..., E), any shape: a sum over this process's tokens, with its graph
     count: int,  # how many tokens it summed
     gather: Callable[[Tensor], Tensor] = alone,  # concatenates over processes along dim 0
-) -> Tensor:  # (...), the same value in every process
+) -> Tensor:  # of the shape of `total`, the same value in every process
     "A mean over all tokens of all processes, whose gradient is right once gradients are averaged over processes."
     parts = gather(torch.cat([total.detach().reshape(-1), total.new_tensor([float(count)])])[None])  # (W, n + 1)
     whole = parts.sum(0)
@@ -36,7 +36,7 @@ def mean_over_processes(
 
 # %% ../../nbs/17_routers.balance.ipynb #caf6fd12
 def demanded(
-    routing: Routing,
+    routing: Routing,  # of T tokens and E experts
     valid: Tensor | None = None,  # (T,) bool, False for padding
 ) -> Tensor:  # (E,) int64
     "Tokens that asked for each expert, before any capacity; padding does not count."
@@ -47,13 +47,14 @@ def demanded(
 
 
 def _valid_logits(routing: Routing, valid: Tensor | None) -> Tensor:
+    "Logits (N, E) of the valid tokens."
     return routing.logits if valid is None else routing.logits[valid]
 
 
 def mean_probabilities(
-    routing: Routing,
+    routing: Routing,  # of T tokens and E experts
     valid: Tensor | None = None,  # (T,) bool
-    gather: Callable[[Tensor], Tensor] = alone,
+    gather: Callable[[Tensor], Tensor] = alone,  # concatenates over processes along dim 0
 ) -> Tensor:  # (E,)
     "The mean softmax probability of each expert, over the valid tokens of all processes."
     logits = _valid_logits(routing, valid)
@@ -61,30 +62,33 @@ def mean_probabilities(
 
 # %% ../../nbs/17_routers.balance.ipynb #ca7e9643
 def aux_loss(routing: Routing, valid: Tensor | None = None, gather: Callable = alone) -> Tensor:
-    "Switch load-balancing loss E sum f P: 1 when even, up to E (arXiv 2101.03961; over all processes: arXiv 2501.11873)."
+    """Switch load-balancing loss E sum f P over the valid (T,) tokens: 1 when even, up to E.
+
+    Source: arXiv 2101.03961; over all processes: arXiv 2501.11873.
+    """
     demand = gather(demanded(routing, valid)[None]).sum(0)
     P = mean_probabilities(routing, valid, gather)
     return routing.num_experts * (demand.to(P) / demand.sum().clamp_min(1) * P).sum()
 
 
 def z_loss(routing: Routing, valid: Tensor | None = None, gather: Callable = alone) -> Tensor:
-    "Mean squared log-sum-exp of the logits: keeps them small (arXiv 2202.08906)."
+    "Mean squared log-sum-exp of the valid (T,) tokens' logits: keeps them small (arXiv 2202.08906)."
     logits = _valid_logits(routing, valid)
     return mean_over_processes(logits.logsumexp(-1).square().sum(), len(logits), gather)
 
 
 def importance_loss(routing: Routing, valid: Tensor | None = None, gather: Callable = alone) -> Tensor:
-    "Squared coefficient of variation of the experts' total probability (arXiv 1701.06538)."
+    "Squared CV of the experts' total probability (E,) over the valid (T,) tokens (arXiv 1701.06538)."
     return routing.num_experts * mean_probabilities(routing, valid, gather).square().sum() - 1
 
 
 def entropy_loss(routing: Routing, valid: Tensor | None = None, gather: Callable = alone) -> Tensor:
-    "How many nats the entropy of the mean probabilities falls short of log E."
+    "How many nats the entropy of the mean probabilities (E,) of the valid (T,) tokens falls short of log E."
     return math.log(routing.num_experts) - torch.special.entr(mean_probabilities(routing, valid, gather)).sum()
 
 
 def aux_as_shipped(routing: Routing, valid: Tensor | None = None, gather: Callable = alone) -> Tensor:
-    "Squared distance of the kept tokens' shares from even, from integer counts: no gradient reaches anything."
+    "Squared distance of the kept tokens' shares (E,) from even, from integer counts: no gradient reaches anything."
     experts = routing.experts if valid is None else routing.experts[valid]
     kept = gather(torch.bincount(experts.reshape(-1), minlength=routing.num_experts + 1)[None, :-1]).sum(0)
     return (kept / kept.sum().clamp_min(1) - 1 / routing.num_experts).square().sum()
@@ -100,12 +104,12 @@ LOSSES: dict[str, Callable] = {  # name -> f(routing, valid=None, gather=alone) 
 
 
 def router_losses(
-    routing: Routing,
+    routing: Routing,  # of T tokens; a router's own losses are among its extras
     losses: dict[str, float],  # name in LOSSES -> coefficient, as in `Router.losses`
     valid: Tensor | None = None,  # (T,) bool, False for padding
-    gather: Callable[[Tensor], Tensor] = alone,
+    gather: Callable[[Tensor], Tensor] = alone,  # concatenates over processes along dim 0
 ) -> dict[str, Tensor]:  # name -> coefficient times loss
-    "The auxiliary losses of one layer, each times its coefficient; add them to the training loss. A router's own losses are among its extras."
+    "The auxiliary losses of one layer, each times its coefficient; add them to the training loss."
     own = routing.extras.get("losses", {})
     return {
         name: c * (own[name] if name in own else LOSSES[known(name, LOSSES, "auxiliary loss")](routing, valid, gather))
@@ -122,19 +126,16 @@ def gather_rows(
     whole = gather(pad(rows, (0, 0, 0, widest - len(rows)), value=float("nan")))
     return whole[~whole[:, 0].isnan()]
 
+# %% ../../nbs/17_routers.balance.ipynb #dd962ea1
+def decides_anew(router: Router) -> bool:
+    "Is this a training forward, and not one that a backward pass runs again (gradient checkpointing)?"
+    return router.training and torch._C._current_graph_task_id() == -1  # -1: no backward pass is under way
+
 # %% ../../nbs/17_routers.balance.ipynb #6fcf43e8
 class Steered(Router):
     "Base of routers that balance themselves: `note` what a training forward decided, `update` once per optimizer step."
 
-    def __init__(
-        self,
-        rule: Rule,
-        hidden_size: int,
-        num_experts: int,
-        k: int | None = None,
-        eval_rule: Rule | None = None,
-        losses: dict[str, float] | None = None,
-    ):
+    def __init__(self, rule: Rule, hidden_size: int, num_experts: int, k=None, eval_rule=None, losses=None):
         super().__init__(rule, hidden_size, num_experts, k, eval_rule, losses)
         self.noted: list[Tensor] = []  # (N, E) each, since the last step
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # updates so far
@@ -142,40 +143,31 @@ class Steered(Router):
     @property
     def target_k(self) -> int:
         "Experts per token that balance aims at: the rule's k, else the router's."
-        k = getattr(self.rule, "k", None) or self.k
-        return min(8, len(self.weight)) if k is None else k
+        return getattr(self.rule, "k", None) or self.k or min(8, len(self.weight))
 
     def forward(self, hidden: Tensor, context: Context | None = None, state=None) -> tuple[Routing, object]:
         routing, state = super().forward(hidden, context, state)
-        if (
-            self.training and torch._C._current_graph_task_id() == -1
-        ):  # -1: not in a backward pass that runs a forward again
-            with torch.no_grad():
-                self.noted.append(self.note(routing, None if context is None else context.valid))
+        if decides_anew(self):
+            self.noted.append(self.note(routing, context and context.valid).detach())
         return routing, state
 
     @torch.no_grad()
     def steer(self, gather: Callable[[Tensor], Tensor] = alone) -> None:
         "Update the state from everything noted since the last call, in all processes."
-        E = len(self.weight)
-        mine = torch.cat(self.noted) if self.noted else self.weight.new_empty(0, E)
-        self.noted = []
-        whole = gather_rows(mine.float(), gather)
-        if not len(whole):
-            return
-        self.update(whole)
-        self.steps += 1
+        mine, self.noted = torch.cat(self.noted or [self.weight.new_empty(0, len(self.weight))]), []
+        if len(rows := gather_rows(mine.float(), gather)):
+            self.update(rows)
+            self.steps += 1
 
     def forget(self) -> None:
-        "Drop what was noted since the last call of `steer`: the step is done again."
         self.noted = []
 
     def note(self, routing: Routing, valid: Tensor | None) -> Tensor:
-        "(N, E) float: what `update` needs from one forward; default: the logits of valid tokens."
-        return _valid_logits(routing, valid).detach()
+        "What `update` needs from one forward, (N, E): the logits of valid tokens."
+        return _valid_logits(routing, valid)
 
     def update(self, rows: Tensor) -> None:
-        "Change the state, given the rows noted in all processes."
+        "Change the state, given the rows (N, E) noted in all processes."
         raise NotImplementedError(f"{type(self).__name__} does not implement update(rows)")
 
 # %% ../../nbs/17_routers.balance.ipynb #c5b7bc8a
@@ -283,9 +275,8 @@ class QuantileRouter(Steered):
         if len(rows) < 2 or self.target_k >= len(self.beta):
             return  # with k = E there is nothing to balance
         window = min(1 + float(self.steps) / 5, self.horizon)
-        self.beta += (
-            quantile_prices(SCORES[self.score_name](rows), self.target_k, self.beta, self.iterations) - self.beta
-        ) / window
+        scores = SCORES[self.score_name](rows)
+        self.beta += (quantile_prices(scores, self.target_k, self.beta, self.iterations) - self.beta) / window
 
 # %% ../../nbs/17_routers.balance.ipynb #c5d3a594
 class Kept:
@@ -315,7 +306,7 @@ def _with_thresholds(rule: Rule, kept: Kept) -> Rule:
 
 # %% ../../nbs/17_routers.balance.ipynb #e889d222
 class ThresholdRouter(Steered):
-    "Keeps each expert's threshold at its share of the tokens (arXiv 2603.11535); rules that choose by batch do so in training only."
+    "Keeps each expert's threshold at its share of the tokens (arXiv 2603.11535); batch rules serve training only."
 
     def __init__(
         self,
@@ -344,6 +335,5 @@ class ThresholdRouter(Steered):
     def update(self, rows: Tensor) -> None:
         if len(rows) < 2:
             return
-        self.thresholds += (share_cut(rows.softmax(-1), self.share) - self.thresholds) / min(
-            1 + float(self.steps) / 5, self.horizon
-        )
+        window = min(1 + float(self.steps) / 5, self.horizon)
+        self.thresholds += (share_cut(rows.softmax(-1), self.share) - self.thresholds) / window

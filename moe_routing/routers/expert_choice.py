@@ -22,25 +22,21 @@ from .topk import Selector, chosen, rank_keys, whole
 # %% ../../nbs/14_routers.expert_choice.ipynb #c8845560
 def valid_rows(view: GateView) -> Tensor:  # (T,) bool
     "Rows that are tokens; all of them where the context does not say."
-    valid = view.context.valid
-    return (
-        torch.ones(len(view.logits), dtype=torch.bool, device=view.logits.device)
-        if valid is None
-        else valid.to(view.logits.device)
-    )
+    valid, device = view.context.valid, view.logits.device
+    return torch.ones(len(view.logits), dtype=torch.bool, device=device) if valid is None else valid.to(device)
 
 
 def allowed_logits(view: GateView) -> Tensor:  # (T, E) float32, without gradient
     "The raw logits, minus infinity for experts that the gate excludes."
-    return (
-        view.logits.detach()
-        if view.choice is view.logits
-        else view.logits.detach().masked_fill(view.choice == float("-inf"), float("-inf"))
-    )
+    logits = view.logits.detach()
+    return logits if view.choice is view.logits else logits.masked_fill(view.choice == float("-inf"), float("-inf"))
 
 
 def expert_scores(view: GateView) -> Tensor:  # (T, E) float32, without gradient
-    "What the experts compare tokens by: the softmax of the raw logits, minus infinity for padding and excluded experts; a correction bias plays no part."
+    """What the experts compare tokens by: the softmax of the raw logits, minus infinity for padding and excluded ones.
+
+    A correction bias plays no part.
+    """
     logits = view.logits.detach()
     if view.choice is view.logits and view.context.valid is None:
         return logits.softmax(-1)
@@ -49,7 +45,7 @@ def expert_scores(view: GateView) -> Tensor:  # (T, E) float32, without gradient
 
 
 def budget(tokens: int, num_experts: int, k: int, capacity_factor: float) -> int:
-    "Tokens that each expert takes: its capacity, at most T."
+    "Tokens that each of E experts takes of T tokens with k slots each: its capacity, at most T."
     return min(tokens, expert_capacity(tokens, num_experts, k, capacity_factor))
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #c7d7cb56
@@ -78,23 +74,28 @@ def slots_of(
     return chosen(keys, max(1, int(mask.sum(-1).max())) if len(mask) else 1)
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #c922e05e
-def refuse_generation(view: GateView, who: str, instead: str):
-    "Raise a ValueError when the rows are a continuation behind a KV cache: a rule that compares tokens has nothing to compare."
+def _continues(view: GateView) -> bool:
+    "Are the rows of some sequence a continuation: a lone token, or positions that do not start at 0?"
     valid, position, sequence = valid_rows(view), view.context.position, view.context.sequence
-    if position is None:
-        alone = len(valid) == 1
-    elif not len(position):
-        alone = False
-    else:
-        late = torch.iinfo(torch.int64).max
-        first = position.to(valid.device).long().masked_fill(~valid, late)
-        rows = torch.zeros_like(first) if sequence is None else sequence.to(valid.device).long()
-        start = first.new_full((int(rows.max()) + 1,), late).scatter_reduce_(0, rows, first, "amin")
-        alone = bool(((start > 0) & (start < late)).any())
-    if alone:
+    if position is None or not len(position):
+        return position is None and len(valid) == 1
+    late = torch.iinfo(torch.int64).max
+    first = position.to(valid.device).long().masked_fill(~valid, late)
+    rows = torch.zeros_like(first) if sequence is None else sequence.to(valid.device).long()
+    start = first.new_full((int(rows.max()) + 1,), late).scatter_reduce_(0, rows, first, "amin")
+    return bool(((start > 0) & (start < late)).any())
+
+
+def refuse_generation(
+    view: GateView,  # of T rows
+    who: str,  # the rule, for the message
+    instead: str,  # what to do, for the message
+):
+    "ValueError when the rows continue a sequence behind a KV cache: a rule that compares tokens has none to compare."
+    if _continues(view):
         raise ValueError(
-            f"{who} compares the tokens of a whole batch and cannot decide on a continuation (a lone token, or positions that do not start at 0, "
-            f"as in generation with a KV cache): {instead}"
+            f"{who} compares the tokens of a whole batch and cannot decide on a continuation (a lone token, "
+            f"or positions that do not start at 0, as in generation with a KV cache): {instead}"
         )
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #cac5a3bc
@@ -102,7 +103,7 @@ def quantile_thresholds(
     scores: Tensor,  # (T, E) float32, valid rows only
     share: float,  # of the tokens that each expert should take, in (0, 1]; k / E for a mean of k experts
 ) -> Tensor:  # (E,) float32
-    "The largest threshold for each expert that at least the share of the tokens reaches: its ceil(share T)-th largest score."
+    "The largest bar for each expert that at least the share of the tokens reaches: its ceil(share T)-th score."
     in_range(share, 0, 1, "share of the tokens", open_low=True)
     if not len(scores):
         raise ValueError("no tokens to take a quantile of: give at least one valid row")
@@ -112,15 +113,16 @@ def quantile_thresholds(
 
 def read_thresholds(
     thresholds,  # (E,) numbers, or an object whose `at(layer)` gives them
-    view: GateView,
-    who: str,
+    view: GateView,  # of a gate of E experts
+    who: str,  # the rule, for the message
 ) -> Tensor:  # (E,) float32
-    "The thresholds of this layer as a tensor, their number checked."
+    "The thresholds of this layer as a tensor. ValueError when there are not E of them."
     bar = thresholds.at(view.context.layer) if hasattr(thresholds, "at") else thresholds
     bar = torch.as_tensor(bar, dtype=torch.float32, device=view.logits.device)
     if bar.shape != (view.num_experts,):
         raise ValueError(
-            f"{who} has thresholds of shape {tuple(bar.shape)} for a gate of {view.num_experts} experts: give one for each expert"
+            f"{who} has thresholds of shape {tuple(bar.shape)} for a gate of {view.num_experts} experts: "
+            "give one for each expert"
         )
     return bar.detach()
 
@@ -165,13 +167,11 @@ class _Thresholds(Selector):
 # %% ../../nbs/14_routers.expert_choice.ipynb #cfea97f2-2
 @dataclass(frozen=True)
 class ExpertChoice(_Thresholds):
-    "Every expert takes the tokens that want it most (Zhou et al. 2022, arXiv 2202.09368); tokens get as many experts as take them, none included."
+    "Every expert takes the tokens that want it most: a token gets 0 to E experts (Zhou et al. 2022, arXiv 2202.09368)."
 
     capacity_factor: float = 1.0  # tokens of an expert, as a multiple of T k / E
     mode: str = "batch"  # "batch": the best c tokens of the batch; "causal": every token that reaches a threshold
-    thresholds: object = (
-        None  # causal mode: (E,) scores, or an object whose at(layer) gives them, as from `quantile_thresholds`
-    )
+    thresholds: object = None  # causal mode: (E,) scores, as of `quantile_thresholds`, or an object with at(layer)
 
     def __post_init__(self):
         super().__post_init__()
@@ -179,7 +179,8 @@ class ExpertChoice(_Thresholds):
         known(self.mode, ("batch", "causal"), "mode of expert choice")
         if self.mode == "causal" and self.thresholds is None:
             raise ValueError(
-                "expert choice in mode='causal' needs thresholds: give one for each expert, as quantile_thresholds makes them from the scores of a batch"
+                "expert choice in mode='causal' needs thresholds: give one for each expert, "
+                "as quantile_thresholds makes them from the scores of a batch"
             )
 
     def decide(self, view: GateView) -> Routing:
@@ -198,11 +199,9 @@ class ExpertChoice(_Thresholds):
 # %% ../../nbs/14_routers.expert_choice.ipynb #cfea97f2-3
 @dataclass(frozen=True)
 class ExpertThreshold(_Thresholds):
-    "Every expert takes the tokens whose score reaches its threshold (arXiv 2603.11535); causal, unless the thresholds come from the batch itself."
+    "Every expert takes the tokens whose score reaches its threshold; causal if that is given (arXiv 2603.11535)."
 
-    thresholds: object = (
-        None  # (E,) scores, or an object whose at(layer) gives them; None: this batch's own quantile, which looks ahead
-    )
+    thresholds: object = None  # (E,) scores, or an object with at(layer); None: the batch's quantile, which looks ahead
 
     def decide(self, view: GateView) -> Routing:
         k = k_of(self, view)
@@ -214,17 +213,14 @@ class ExpertThreshold(_Thresholds):
             "give it thresholds, as quantile_thresholds makes them from the scores of a batch",
         )
         scores = expert_scores(view)[valid_rows(view)]
-        bar = (
-            quantile_thresholds(scores, k / view.num_experts)
-            if len(scores)
-            else scores.new_full((view.num_experts,), float("inf"))
-        )
+        nobody = scores.new_full((view.num_experts,), float("inf"))
+        bar = quantile_thresholds(scores, k / view.num_experts) if len(scores) else nobody
         return self.reach(view, bar, {"thresholds": bar})
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #cfea97f2-4
 @dataclass(frozen=True)
 class ExpertChoiceAsShipped(Selector):
-    "Expert choice with a budget clamped to 64 tokens and a fallback to soft top-k, as a published benchmark shipped it."
+    "Expert choice with at most 64 tokens an expert and a fallback to soft top-k, as a published benchmark shipped it."
 
     weigh: str = field(default="softk", kw_only=True)
     k: int | None = None  # most experts per token; None: the model's own number
@@ -241,9 +237,8 @@ class ExpertChoiceAsShipped(Selector):
     def decide(self, view: GateView) -> Routing:
         k, valid = k_of(self, view), valid_rows(view)
         refuse_generation(view, "expert choice as shipped", "use a rule that decides token by token, such as topk")
-        scores = allowed_logits(view).masked_fill(
-            ~valid[:, None], float("-inf")
-        )  # by logit, where expert choice compares probabilities
+        # by logit, where expert choice compares probabilities
+        scores = allowed_logits(view).masked_fill(~valid[:, None], float("-inf"))
         mask = top_tokens(scores, min(self.clamp, budget(int(valid.sum()), view.num_experts, k, self.capacity_factor)))
         fallback = valid & ~mask.any(-1)
         keys = rank_keys(scores.masked_fill(~(mask | fallback[:, None]), float("-inf")))
@@ -251,7 +246,10 @@ class ExpertChoiceAsShipped(Selector):
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #c56ef558
 def leak_bound(num_experts: int, k: float) -> float:
-    "k log2((1 - R) / R) with R = k / E: bits a token that expert-choice allocations can carry at least (Wang et al. 2024, arXiv 2408.15664, App. D); says nothing for R >= 1/2."
+    """k log2((1 - R) / R) with R = k / E: bits a token that expert-choice allocations can carry at least.
+
+    Says nothing for R >= 1/2 (Wang et al. 2024, arXiv 2408.15664, appendix D).
+    """
     R = in_range(k, 0, num_experts, "k", open_low=True, open_high=True) / num_experts
     return k * log2((1 - R) / R)
 
@@ -271,17 +269,26 @@ def _redrawn(view: GateView, later: Tensor, run: int, generator: torch.Generator
     source[places] = pool[((starts + torch.arange(run, device=device)) % len(pool)).flatten()[: len(places)]]
     logits, token = view.logits[source], view.context.token_id
     context = view.context if token is None else replace(view.context, token_id=token.to(device)[source])
-    return GateView(
-        logits, logits if view.choice is view.logits else view.choice[source], softmax_weigh(logits), view.k, context
-    )
+    choice = logits if view.choice is view.logits else view.choice[source]
+    return GateView(logits, choice, softmax_weigh(logits), view.k, context)
 
 
-def _set_entropy(masks: Tensor) -> Tensor:  # (draws, N, E) bool -> (N,) bits, Miller-Madow
+def _set_entropy(masks: Tensor) -> Tensor:
+    "Entropy (N,) in bits of the sets (draws, N, E) bool, by Miller and Madow's estimate."
     same = (masks[:, None] == masks[None]).all(-1).sum(1).double()  # (draws, N): how often this draw's set came up
     plain, distinct = -(same / len(masks)).log2().mean(0), same.reciprocal().sum(0)
     return plain + (distinct - 1) / (2 * len(masks) * log(2))
 
 # %% ../../nbs/14_routers.expert_choice.ipynb #c8304d03
+def _cuts(view: GateView, valid: Tensor, cuts: int) -> tuple[Tensor, Tensor]:
+    "The time of each row (T,), and at most `cuts` times (C,) at which the past is held, evenly spread."
+    position = view.context.position
+    time = torch.arange(len(valid), device=valid.device) if position is None else position.to(valid.device)
+    times = time[valid].unique()
+    n = min(cuts, len(times))
+    return time, times[(torch.arange(n, device=times.device) + 0.5).mul(len(times) / n).long()]
+
+
 @torch.no_grad()
 def leak_bits(
     rule: Rule,  # decides on a view of T rows
@@ -292,28 +299,18 @@ def leak_bits(
     cuts: int = 64,  # positions at which the past is held
     run: int = 32,  # rows that are redrawn together
 ) -> float:  # bits a token; exactly 0 for a causal rule
-    "What a token's set of experts says about later tokens, given all earlier ones: its entropy when the future is drawn anew."
-    in_range(whole(draws, "draws"), 2, float("inf"), "draws")
-    in_range(whole(cuts, "cuts"), 1, float("inf"), "cuts")
-    in_range(whole(run, "run"), 1, float("inf"), "run")
+    "What a token's experts say about later tokens, given the earlier ones: their entropy when the future is redrawn."
+    for value, low, name in ((draws, 2, "draws"), (cuts, 1, "cuts"), (run, 1, "run")):
+        in_range(whole(value, name), low, float("inf"), name)
     view, generator = as_view(gate, getattr(rule, "k", None), context), generator or torch.Generator().manual_seed(0)
-    view = replace(
-        view,
-        logits=view.logits.detach(),
-        choice=view.logits.detach() if view.choice is view.logits else view.choice.detach(),
-    )
-    valid, position = valid_rows(view), view.context.position
+    logits = view.logits.detach()
+    view = replace(view, logits=logits, choice=logits if view.choice is view.logits else view.choice.detach())
+    valid, bits = valid_rows(view), []
     if not valid.any():
         raise ValueError("no valid rows to measure a leak on")
-    time = torch.arange(len(valid), device=valid.device) if position is None else position.to(valid.device)
-    times = time[valid].unique()
-    picked = times[
-        (torch.arange(min(cuts, len(times)), device=times.device) + 0.5).mul(len(times) / min(cuts, len(times))).long()
-    ]
-    bits = []
+    time, picked = _cuts(view, valid, cuts)
     for cut in picked:
         now, later = valid & (time == cut), time > cut
-        bits.append(
-            _set_entropy(torch.stack([rule(_redrawn(view, later, run, generator)).mask[now] for _ in range(draws)]))
-        )
+        masks = [rule(_redrawn(view, later, run, generator)).mask[now] for _ in range(draws)]
+        bits.append(_set_entropy(torch.stack(masks)))
     return float(torch.cat(bits).mean())

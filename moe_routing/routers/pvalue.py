@@ -120,7 +120,7 @@ def _convolve(counts: Tensor, kernel: Tensor) -> Tensor:
 
 
 def kde_tail(
-    values: Tensor,  # (n,) the pooled calibration logits of a layer
+    values: Tensor,  # (N,) the pooled calibration logits of a layer
     as_seeded: bool = False,  # a left Riemann sum of the density, as the first version of this router had
 ) -> tuple[float, float, Tensor]:  # start and step of the grid, (_GRID,) float64 P(noise >= grid point)
     "The upper tail of a Gaussian kernel density with Scott's bandwidth."

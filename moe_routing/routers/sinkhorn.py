@@ -48,11 +48,11 @@ def log_sinkhorn(
 
 # %% ../../nbs/16_routers.sinkhorn.ipynb #c981057d
 def sinkhorn(
-    scores: Tensor,
-    epsilon: float = 0.1,
-    iterations: int = 20,
-    valid: Tensor | None = None,
-    tolerance: float = 0.0,  # as `log_sinkhorn`
+    scores: Tensor,  # (T, E), this and the rest as in `log_sinkhorn`
+    epsilon: float = 0.1,  # weight of the entropy
+    iterations: int = 20,  # pairs of row and column steps
+    valid: Tensor | None = None,  # (T,) bool
+    tolerance: float = 0.0,  # of the column sums
 ) -> tuple[Tensor, Tensor]:  # plan (T, E) float32 whose rows sum to 1 (0 where invalid), max_vio ()
     "The plan, and the largest absolute deviation of a row sum from 1 or of a column sum from N / E."
     P = log_sinkhorn(scores.detach(), epsilon, iterations, valid, tolerance).exp()
@@ -66,7 +66,7 @@ def sinkhorn(
 # %% ../../nbs/16_routers.sinkhorn.ipynb #cfea97f2
 @dataclass(frozen=True)
 class Sinkhorn(Selector):
-    "The k experts with the largest entries of a balanced Sinkhorn plan over the batch (Clark et al. 2022, arXiv 2202.01169)."
+    "The k experts with the largest entries of a Sinkhorn plan over the batch (Clark et al. 2022, arXiv 2202.01169)."
 
     k: int | None = None  # experts per token; None: the model's own number
     epsilon: float = 0.1  # weight of the entropy, in units of the logits
@@ -79,30 +79,29 @@ class Sinkhorn(Selector):
         in_range(self.epsilon, 0, float("inf"), "epsilon of Sinkhorn", open_low=True, open_high=True)
         in_range(whole(self.iterations, "iterations"), 1, float("inf"), "iterations of Sinkhorn")
 
-    def plan(self, view: GateView) -> Tensor:  # (T, E), logarithm
-        refuse_generation(
-            view, f"{type(self).__name__} routing", "use a router whose eval_rule decides token by token, such as topk"
-        )
+    def plan(self, view: GateView) -> Tensor:
+        "Logarithm of the plan (T, E); ValueError for a continuation behind a KV cache."
+        way_out = "use a router whose eval_rule decides token by token, such as topk"
+        refuse_generation(view, f"{type(self).__name__} routing", way_out)
         return log_sinkhorn(allowed_logits(view), self.epsilon, self.iterations, view.context.valid)
 
     def decide(self, view: GateView) -> Routing:
         return self.settle(view, chosen(rank_keys(self.plan(view)), k_of(self, view)))
 
 # %% ../../nbs/16_routers.sinkhorn.ipynb #c6e03b62
-def _ranks(scores: Tensor) -> Tensor:  # (T, E) int64: the place of the token in the expert's own order, 0 the best
-    "Ties by rising row."
+def _ranks(scores: Tensor) -> Tensor:
+    "The place (T, E) int64 of each token in each expert's own order, 0 the best, ties by rising row."
     columns, T = scores.t().contiguous(), len(scores)
     order = rank_keys(columns) & 0xFFFF if T <= 0xFFFF else columns.sort(dim=-1, descending=True, stable=True).indices
     return torch.empty_like(order).scatter_(1, order, torch.arange(T, device=order.device).expand_as(order)).t()
 
 
-def _accept(scores: Tensor, k: int, capacity: int) -> Tensor:  # (T, E) bool
-    "Deferred acceptance: k bids of every token, at most `capacity` tokens for an expert."
+def _accept(scores: Tensor, k: int, capacity: int) -> Tensor:
+    "Deferred acceptance on scores (T, E): (T, E) bool, k bids of every token, at most `capacity` tokens an expert."
     T, E = scores.shape
     order, ranks = chosen(rank_keys(scores), E), _ranks(scores)
-    place = torch.cat([ranks, ranks.new_full((T, 1), T)], 1).gather(
-        1, order
-    )  # in the token's own order; excluded experts never accept
+    # places in the token's own order; excluded experts never accept
+    place = torch.cat([ranks, ranks.new_full((T, 1), T)], 1).gather(1, order)
     limit = ranks.new_full((E + 1,), T)
     while True:
         open_ = place < limit[order]
@@ -115,35 +114,38 @@ def _accept(scores: Tensor, k: int, capacity: int) -> Tensor:  # (T, E) bool
         limit[over] = bids.kthvalue(capacity + 1).values  # the first one refused
 
 # %% ../../nbs/16_routers.sinkhorn.ipynb #c795777b
-def _fill(want: Tensor, scores: Tensor, k: int, capacity: int) -> Tensor:  # (T, E) bool
-    "Give tokens that are short of experts the places that are left, by exchanges; changes `want`."
+def _exchanges(want: Tensor, scores: Tensor, f: int, short: Tensor) -> tuple[Tensor, ...]:
+    """The best exchanges that bring tokens `short` (S,) of experts into g while another token u leaves g for f.
+
+    Returns t, u, g (S,) and a mask (S,) of those that can be done at once.
+    """
     usable = scores > float("-inf")
-    wanted = usable.sum(-1).clamp_max(k)
+    barred = ~want | (want[:, f] | ~usable[:, f])[:, None]
+    loss = (scores - scores[:, f : f + 1]).masked_fill(barred, float("inf"))  # of token u leaving g for f
+    cheapest = loss.topk(min(len(short), len(loss)), dim=0, largest=False)
+    gain = (scores[short] - cheapest.values[0]).masked_fill(want[short], float("-inf"))
+    best, g = gain.max(-1)
+    # how many before me want the same g
+    nth = torch.nn.functional.one_hot(g, want.shape[1]).cumsum(0).gather(1, g[:, None]).squeeze(1) - 1
+    u, cost = cheapest.indices[nth, g], cheapest.values[nth, g]
+    rows = torch.arange(len(u), device=u.device)
+    # a token moves once in a round
+    first = rows.new_full((len(want),), len(u)).scatter_reduce_(0, u, rows, "amin")[u] == rows
+    return short, u, g, first & cost.isfinite() & best.isfinite()
+
+
+def _fill(want: Tensor, scores: Tensor, k: int, capacity: int) -> Tensor:
+    "Give tokens that are short of experts the places that are left, by exchanges; changes `want` (T, E) bool."
+    wanted = (scores > float("-inf")).sum(-1).clamp_max(k)
     while True:
         short, room = (wanted > want.sum(-1)).nonzero().squeeze(1), capacity - want.sum(0)
-        if not len(short) or not (room > 0).any():
-            return want
         moved = False
         for f in (room > 0).nonzero().squeeze(1).tolist():
             if not len(short):
                 break
-            loss = (scores - scores[:, f : f + 1]).masked_fill(
-                ~want | (want[:, f] | ~usable[:, f])[:, None], float("inf")
-            )  # of token u leaving g for f
-            cheapest = loss.topk(min(len(short), len(loss)), dim=0, largest=False)
-            gain = (scores[short] - cheapest.values[0]).masked_fill(want[short], float("-inf"))
-            best, g = gain.max(-1)
-            nth = (
-                torch.nn.functional.one_hot(g, len(room)).cumsum(0).gather(1, g[:, None]).squeeze(1) - 1
-            )  # how many before me want the same g
-            u, cost = cheapest.indices[nth, g], cheapest.values[nth, g]
-            rows = torch.arange(len(u), device=u.device)
-            first = (
-                rows.new_full((len(want),), len(u)).scatter_reduce_(0, u, rows, "amin")[u] == rows
-            )  # a token moves once in a round
-            done = first & cost.isfinite() & best.isfinite()
+            t, u, g, done = _exchanges(want, scores, f, short)
             done &= done.cumsum(0) <= room[f]
-            t, u, g = short[done], u[done], g[done]
+            t, u, g = t[done], u[done], g[done]
             want[u, g], want[u, f] = False, True
             want[t, g] = True
             moved |= len(t) > 0
@@ -159,7 +161,7 @@ def quota_assign(
     valid: Tensor | None = None,  # (T,) bool; other rows get no expert
     fill: bool = True,  # exchange places so that nobody is short where E capacity >= T k and no expert is excluded
 ) -> Tensor:  # (T, k) int64, largest score first; an unused slot holds E
-    "Assign k experts to each token so that no expert has more than `capacity` tokens, by deferred acceptance."
+    "Assign k experts to each token, at most `capacity` tokens an expert, by deferred acceptance. ValueError on NaN."
     in_range(whole(k, "k"), 1, scores.shape[1], "k of the quota assignment among this gate's experts")
     in_range(whole(capacity, "capacity"), 1, float("inf"), "capacity of the quota assignment")
     scores = scores.detach().float()
@@ -177,7 +179,7 @@ def quota_assign(
 # %% ../../nbs/16_routers.sinkhorn.ipynb #cfea97f2-2
 @dataclass(frozen=True)
 class SBase(Sinkhorn):
-    "k experts for every token under a hard quota, assigned on a Sinkhorn plan (after Lewis et al. 2021, arXiv 2103.16716, and Clark et al. 2022)."
+    "k experts for every token under a hard quota, assigned on a Sinkhorn plan (Lewis et al. 2021, arXiv 2103.16716)."
 
     capacity_factor: float = 1.0  # quota of an expert, as a multiple of T k / E
 

@@ -27,10 +27,10 @@ class _Hardest(Selector):
     def decide(self, view: GateView) -> Routing:
         return self.settle(view, chosen(rank_keys(view.choice), k_of(self, view)))
 
-# %% ../../nbs/15_routers.soft.ipynb #cfea97f2-2
+
 @dataclass(frozen=True)
 class SoftK(_Hardest):
-    "The k strongest experts, weighed by a softmax over their logits; `temperature` divides those logits."
+    "The k strongest experts, weighed by a softmax over their logits, which `temperature` divides (arXiv 1701.06538)."
 
     weigh: str = field(default="softk", kw_only=True)
 

@@ -28,17 +28,14 @@ from .soft import SoftK, SummedTopK, Top1AsShipped, TopKHardAsShipped
 from .spectra import ABLATIONS, Quota, SpectraRouter
 from .topk import TopK, whole
 
-# %% ../../nbs/19_routers.zoo.ipynb #cb88e019
-GROUPS = ("trainable", "control", "as shipped", "adaptive")
-
 # %% ../../nbs/19_routers.zoo.ipynb #e779caf1
 @dataclass(frozen=True)
 class Row:
     "One router: its rule, how it is trained and evaluated, and the facts that a table prints beside its numbers."
 
-    name: str
+    name: str  # in tables and configurations
     rule: type[Rule]  # decides in training
-    summary: str
+    summary: str  # what it does, for tables
     chooses: str  # who chooses: "token", "expert", "batch" (all at once), or "nobody" where the gate is ignored
     group: str = "trainable"  # a name in GROUPS; tables keep groups apart
     paper: str = ""  # where it comes from
@@ -53,9 +50,7 @@ class Row:
     router: type[Router] = Router  # scorer and steering
     scorer: dict = field(default_factory=dict)  # parameters of `router` that make it this one
     losses: dict[str, float] = field(default_factory=dict)  # names in balance.LOSSES -> coefficient
-    evaluate: Callable[[Rule], Rule] | None = (
-        None  # training rule -> evaluation rule; None: the same, or what the router class says
-    )
+    evaluate: Callable[[Rule], Rule] | None = None  # training rule -> evaluation rule; None: as the router class says
     capacity: str = "limit"  # a capacity factor: "limit" refuses tokens, "budget" is the rule's own, "both", or "never"
     exempt: dict[str, str] = field(default_factory=dict)  # names in CONTRACTS -> why the row cannot keep it
 
@@ -71,320 +66,177 @@ class Row:
     @property
     def router_parameters(self) -> list[str]:
         "Names of the parameters that the router class adds to those of `core.Router`."
-        return [name for name in signature(self.router).parameters if name not in signature(Router).parameters]
+        return _own_parameters(self.router)
+
+# %% ../../nbs/19_routers.zoo.ipynb #a67c163d
+GROUPS = ("trainable", "control", "as shipped", "adaptive")
+
+
+def _own_parameters(router: type[Router]) -> list[str]:
+    "Names of a router's parameters beyond those of `core.Router`, its options included."
+    given = signature(router).parameters.values()
+    named = [p.name for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    options = [f.name for f in fields(router.options)] if router.options else []
+    return [name for name in named + options if name not in signature(Router).parameters]
 
 # %% ../../nbs/19_routers.zoo.ipynb #c01350c5
+_PAPERS = {
+    "switch": "Fedus et al. 2021, arXiv 2101.03961",
+    "switch_top2": "Fedus et al. 2021, arXiv 2101.03961",
+    "topk_aux": "Lepikhin et al. 2020, arXiv 2006.16668",
+    "topk_z": "Zoph et al. 2022, arXiv 2202.08906",
+    "softk": "Shazeer et al. 2017, arXiv 1701.06538",
+    "expert_choice": "Zhou et al. 2022, arXiv 2202.09368",
+    "expert_threshold": "arXiv 2603.11535",
+    "sinkhorn": "Clark et al. 2022, arXiv 2202.01169",
+    "sbase": "Lewis et al. 2021, arXiv 2103.16716",
+    "loss_free": "Wang et al. 2024, arXiv 2408.15664",
+    "quantile": "Su 2026, kexue.fm 11619",
+    "token_hash": "Roller et al. 2021, arXiv 2106.04426",
+    "top_p": "Huang et al. 2024, arXiv 2403.07652",
+    "summed_topk": (_BENCH := "moe-routing-bench"),
+    **dict.fromkeys(("position_hash", "top1_as_shipped", "topk_hard_as_shipped", "expert_choice_as_shipped"), _BENCH),
+}
+
+
+def _row(name: str, rule: type[Rule], summary: str, chooses: str = "token", group: str = "trainable", **more) -> Row:
+    "A row with its paper."
+    return Row(name, rule, summary, chooses, group, _PAPERS.get(name, ""), **more)
+
+
 def _by_topk(rule: Rule) -> Rule:
     "Top-k of the raw logits with the same k and weights."
     return TopK(rule.k, weigh=rule.weigh, temperature=rule.temperature)
-
-
-_RENORM, _EVEN, _TWO = {"weigh": "renorm"}, {"weigh": "uniform"}, {"k": 2}
-_IDS = "permuting experts permutes the answer"  # the contract that fixed ids cannot keep
 
 
 def _no_quota(rule: Rule) -> Rule:
     "The same selection without its quota, which looks at the whole batch."
     return replace(rule, expert_choice_routing=False)
 
+# %% ../../nbs/19_routers.zoo.ipynb #8da3f4ad
+_RENORM, _EVEN, _TWO, _AUX = {"weigh": "renorm"}, {"weigh": "uniform"}, {"k": 2}, {"aux": 0.01}
+_SUM_1 = {"defaults": _RENORM, "example": _TWO}
+_EXPERTS = {"chooses": "expert", "adaptive": True, "example": _TWO, "router": ThresholdRouter}
+_IN_BATCH = {**_SUM_1, "chooses": "batch", "evaluate": _by_topk}
+_TRAINED = [
+    _row("switch", TopK, "the strongest expert, weighed with its probability", defaults={"k": 1}, losses=_AUX),
+    _row("switch_top2", TopK, "the two strongest, weighed with their probabilities", defaults=_TWO, losses=_AUX),
+    _row("topk_aux", TopK, "the k strongest, weights of sum 1, kept even by a loss", losses=_AUX, **_SUM_1),
+    _row("topk_z", TopK, "the same with small logits", losses={"aux": 0.01, "z": 0.001}, **_SUM_1),
+    _row("softk", SoftK, "the k strongest, a softmax over their logits, no balancing", example=_TWO),
+    _row("summed_topk", SummedTopK, "the k strongest, the positive part of their logits over its sum", example=_TWO),
+    _row("expert_choice", ExpertChoice, "every expert takes its share of the tokens", capacity="budget", **_EXPERTS),
+    _row("expert_threshold", ExpertThreshold, "every expert takes the tokens above its threshold", **_EXPERTS),
+    _row("sinkhorn", Sinkhorn, "the k largest entries of a balanced plan over the batch", **_IN_BATCH),
+    _row("sbase", SBase, "an assignment of the batch with equal numbers of tokens", capacity="budget", **_IN_BATCH),
+    _row("loss_free", TopK, "the k strongest after a bias that follows the load", router=LossFreeRouter, **_SUM_1),
+    _row("quantile", TopK, "the k strongest after prices that even the load", router=QuantileRouter, **_SUM_1),
+]
+
+# %% ../../nbs/19_routers.zoo.ipynb #cb28715b
+_IDS, _PADS = "permuting experts permutes the answer", "padding takes no capacity"  # contracts that some cannot keep
+_CONTROL = {"chooses": "nobody", "group": "control", "trainable": False}
+_WHOLE = {_PADS: "it has no capacity: every expert takes every row"}
+_CONTROLS = [
+    _row(
+        "token_hash",
+        TokenHash,
+        "k experts fixed by the token id",
+        needs=("token_id",),
+        training=_EVEN,
+        example=_TWO,
+        exempt={_IDS: "hashes belong to expert ids"},
+        **_CONTROL,
+    ),
+    _row(
+        "position_hash",
+        PositionHash,
+        "k experts fixed by the row, as shipped",
+        example=_TWO,
+        exempt={_IDS: "the formula gives expert ids"},
+        **_CONTROL,
+    ),
+    _row(
+        "random",
+        Random,
+        "k random experts",
+        training=_EVEN,
+        example=_TWO,
+        exempt={_IDS: "draws belong to expert ids"},
+        **_CONTROL,
+    ),
+    _row("dense", Dense, "every expert", capacity="never", exempt=_WHOLE, **_CONTROL),
+]
+
+# %% ../../nbs/19_routers.zoo.ipynb #9b78fe69
+_AS_SHIPPED = {"group": "as shipped", "losses": {"aux_as_shipped": 0.01}}
+_FIXED, _TAKEN = {**_AS_SHIPPED, "trainable": False}, {**_AS_SHIPPED, "adaptive": True, "capacity": "both"}
+_SHIPPED = [
+    _row("top1_as_shipped", Top1AsShipped, "the strongest expert with weight 1", fixed_k=1, **_FIXED),
+    _row("topk_hard_as_shipped", TopKHardAsShipped, "the k strongest, each with weight 1", example=_TWO, **_FIXED),
+    _row(
+        "expert_choice_as_shipped",
+        ExpertChoiceAsShipped,
+        "experts take 64 tokens at most, the rest is soft-k",
+        "expert",
+        example=_TWO,
+        **_TAKEN,
+    ),
+]
+
+# %% ../../nbs/19_routers.zoo.ipynb #cc217196
+_ADAPTED = {"group": "adaptive", "adaptive": True}
+_TESTED = {**_ADAPTED, "needs_null": True}
+_ADAPTIVE = [
+    _row("topk", TopK, "the k strongest experts", example=_TWO),
+    _row("top_p", TopP, "the fewest experts that hold a share p of the probability", example={"p": 0.6}, **_ADAPTED),
+    _row(
+        "threshold", Threshold, "every expert whose probability reaches a bar", example={"threshold": 0.15}, **_ADAPTED
+    ),
+    _row("entropy_bands", EntropyBands, "a number of experts by the token's largest probability", **_ADAPTED),
+    _row("bh", BH, "as many experts as Benjamini-Hochberg rejects", example={"alpha": 0.3, "max_k": 4}, **_TESTED),
+    _row("by", BY, "as many experts as Benjamini-Yekutieli rejects", example={"alpha": 0.5, "max_k": 4}, **_TESTED),
+    _row("hc", HC, "as many experts as the peak of Higher Criticism", example={"beta": 0.5, "max_k": 4}, **_TESTED),
+]
+
+# %% ../../nbs/19_routers.zoo.ipynb #4597395c
+_SPECTRA = {"router": SpectraRouter, "evaluate": _no_quota}
+
 
 def _spectra(ablation: str, summary: str, group: str = "trainable", losses: dict | None = None) -> Row:
     "A row of SPECTRA or of one of its ablations: the parameters of the rule and of the scorer kept apart."
-    own = [f.name for f in fields(Quota)]
-    of_rule, scorer = (
-        {n: v for n, v in ABLATIONS[ablation].items() if (n in own) == inside} for inside in (True, False)
-    )
-    return Row(
-        "spectra" + ("" if ablation == "full" else f"_{ablation}"),
-        Quota,
-        summary,
-        "batch",
-        group,
-        "seed 001 (SPECTRA)",
-        defaults={**_RENORM, **of_rule},
-        example=_TWO,
-        router=SpectraRouter,
-        scorer=scorer,
-        losses=losses or {},
-        evaluate=_no_quota,
-    )
+    own, given = [f.name for f in fields(Quota)], ABLATIONS[ablation]
+    of_rule, scorer = ({n: v for n, v in given.items() if (n in own) == inside} for inside in (True, False))
+    name = "spectra" if ablation == "full" else f"spectra_{ablation}"
+    more = {"defaults": {**_RENORM, **of_rule}, "example": _TWO, "scorer": scorer, "losses": losses or {}}
+    return Row(name, Quota, summary, "batch", group, "seed 001 (SPECTRA)", **more, **_SPECTRA)
 
-# %% ../../nbs/19_routers.zoo.ipynb #8da3f4ad
-ROUTERS: dict[str, Row] = {
-    row.name: row
-    for row in (
-        Row(
-            "switch",
-            TopK,
-            "the strongest expert, weighed with its probability",
-            "token",
-            paper="Fedus et al. 2021, arXiv 2101.03961",
-            defaults={"k": 1},
-            losses={"aux": 0.01},
-        ),
-        Row(
-            "switch_top2",
-            TopK,
-            "the two strongest, weighed with their probabilities",
-            "token",
-            paper="Fedus et al. 2021, arXiv 2101.03961",
-            defaults={"k": 2},
-            losses={"aux": 0.01},
-        ),
-        Row(
-            "topk_aux",
-            TopK,
-            "the k strongest, weights of sum 1, kept even by a loss",
-            "token",
-            paper="Lepikhin et al. 2020, arXiv 2006.16668",
-            defaults=_RENORM,
-            example=_TWO,
-            losses={"aux": 0.01},
-        ),
-        Row(
-            "topk_z",
-            TopK,
-            "the same with small logits",
-            "token",
-            paper="Zoph et al. 2022, arXiv 2202.08906",
-            defaults=_RENORM,
-            example=_TWO,
-            losses={"aux": 0.01, "z": 0.001},
-        ),
-        Row(
-            "softk",
-            SoftK,
-            "the k strongest, a softmax over their logits, no balancing",
-            "token",
-            paper="Shazeer et al. 2017, arXiv 1701.06538",
-            example=_TWO,
-        ),
-        Row(
-            "summed_topk",
-            SummedTopK,
-            "the k strongest, the positive part of their logits over its sum",
-            "token",
-            paper="moe-routing-bench",
-            example=_TWO,
-        ),
-        Row(
-            "expert_choice",
-            ExpertChoice,
-            "every expert takes its share of the tokens",
-            "expert",
-            paper="Zhou et al. 2022, arXiv 2202.09368",
-            adaptive=True,
-            example=_TWO,
-            router=ThresholdRouter,
-            capacity="budget",
-        ),
-        Row(
-            "expert_threshold",
-            ExpertThreshold,
-            "every expert takes the tokens above its threshold",
-            "expert",
-            paper="arXiv 2603.11535",
-            adaptive=True,
-            example=_TWO,
-            router=ThresholdRouter,
-        ),
-        Row(
-            "sinkhorn",
-            Sinkhorn,
-            "the k largest entries of a balanced plan over the batch",
-            "batch",
-            paper="Clark et al. 2022, arXiv 2202.01169",
-            defaults=_RENORM,
-            example=_TWO,
-            evaluate=_by_topk,
-        ),
-        Row(
-            "sbase",
-            SBase,
-            "an assignment of the batch with equal numbers of tokens",
-            "batch",
-            paper="Lewis et al. 2021, arXiv 2103.16716",
-            defaults=_RENORM,
-            example=_TWO,
-            evaluate=_by_topk,
-            capacity="budget",
-        ),
-        Row(
-            "loss_free",
-            TopK,
-            "the k strongest after a bias that follows the load",
-            "token",
-            paper="Wang et al. 2024, arXiv 2408.15664",
-            defaults=_RENORM,
-            example=_TWO,
-            router=LossFreeRouter,
-        ),
-        Row(
-            "quantile",
-            TopK,
-            "the k strongest after prices that even the load",
-            "token",
-            paper="Su 2026, kexue.fm 11619",
-            defaults=_RENORM,
-            example=_TWO,
-            router=QuantileRouter,
-        ),
-        Row(
-            "token_hash",
-            TokenHash,
-            "k experts fixed by the token id",
-            "nobody",
-            "control",
-            "Roller et al. 2021, arXiv 2106.04426",
-            trainable=False,
-            needs=("token_id",),
-            training=_EVEN,
-            example=_TWO,
-            exempt={_IDS: "hashes belong to expert ids"},
-        ),
-        Row(
-            "position_hash",
-            PositionHash,
-            "k experts fixed by the row, as shipped",
-            "nobody",
-            "control",
-            "moe-routing-bench",
-            trainable=False,
-            example=_TWO,
-            exempt={_IDS: "the formula gives expert ids"},
-        ),
-        Row(
-            "random",
-            Random,
-            "k random experts",
-            "nobody",
-            "control",
-            trainable=False,
-            training=_EVEN,
-            example=_TWO,
-            exempt={_IDS: "draws belong to expert ids"},
-        ),
-        Row(
-            "dense",
-            Dense,
-            "every expert",
-            "nobody",
-            "control",
-            trainable=False,
-            capacity="never",
-            exempt={"padding takes no capacity": "it has no capacity: every expert takes every row"},
-        ),
-        Row(
-            "top1_as_shipped",
-            Top1AsShipped,
-            "the strongest expert with weight 1",
-            "token",
-            "as shipped",
-            "moe-routing-bench",
-            trainable=False,
-            fixed_k=1,
-            losses={"aux_as_shipped": 0.01},
-        ),
-        Row(
-            "topk_hard_as_shipped",
-            TopKHardAsShipped,
-            "the k strongest, each with weight 1",
-            "token",
-            "as shipped",
-            "moe-routing-bench",
-            trainable=False,
-            example=_TWO,
-            losses={"aux_as_shipped": 0.01},
-        ),
-        Row(
-            "expert_choice_as_shipped",
-            ExpertChoiceAsShipped,
-            "experts take 64 tokens at most, the rest is soft-k",
-            "expert",
-            "as shipped",
-            "moe-routing-bench",
-            adaptive=True,
-            example=_TWO,
-            losses={"aux_as_shipped": 0.01},
-            capacity="both",
-        ),
-        Row("topk", TopK, "the k strongest experts", "token", example=_TWO),
-        Row(
-            "top_p",
-            TopP,
-            "the fewest experts that hold a share p of the probability",
-            "token",
-            "adaptive",
-            "Huang et al. 2024, arXiv 2403.07652",
-            adaptive=True,
-            example={"p": 0.6},
-        ),
-        Row(
-            "threshold",
-            Threshold,
-            "every expert whose probability reaches a bar",
-            "token",
-            "adaptive",
-            adaptive=True,
-            example={"threshold": 0.15},
-        ),
-        Row(
-            "entropy_bands",
-            EntropyBands,
-            "a number of experts by the token's largest probability",
-            "token",
-            "adaptive",
-            adaptive=True,
-        ),
-        Row(
-            "bh",
-            BH,
-            "as many experts as Benjamini-Hochberg rejects",
-            "token",
-            "adaptive",
-            adaptive=True,
-            needs_null=True,
-            example={"alpha": 0.3, "max_k": 4},
-        ),
-        Row(
-            "by",
-            BY,
-            "as many experts as Benjamini-Yekutieli rejects",
-            "token",
-            "adaptive",
-            adaptive=True,
-            needs_null=True,
-            example={"alpha": 0.5, "max_k": 4},
-        ),
-        Row(
-            "hc",
-            HC,
-            "as many experts as the peak of Higher Criticism",
-            "token",
-            "adaptive",
-            adaptive=True,
-            needs_null=True,
-            example={"beta": 0.5, "max_k": 4},
-        ),
-        _spectra("full", "a depth-shared router: cosine, repulsion, Sinkhorn and a quota"),
-        _spectra("no_expression", "SPECTRA with constant expert vectors"),
-        _spectra("no_gru", "SPECTRA without the state through depth"),
-        _spectra("no_repulsion", "SPECTRA whose experts do not repel each other"),
-        _spectra("no_quota", "SPECTRA with plain top-k of the plan"),
-        _spectra("no_ortho", "SPECTRA without the orthogonality loss"),
-        _spectra("all_removed", "a shared cosine gate with top-k and a balancing loss", losses={"aux": 0.01}),
-        _spectra("as_shipped", "SPECTRA as its code was: the least similar experts, a quota that leaks", "as shipped"),
-        Row(
-            "uniform",
-            Uniform,
-            "the k strongest experts with equal weights",
-            "token",
-            "control",
-            trainable=False,
-            example=_TWO,
-        ),
+
+_SPECTRAS = [
+    _spectra("full", "a depth-shared router: cosine, repulsion, Sinkhorn and a quota"),
+    _spectra("no_expression", "SPECTRA with constant expert vectors"),
+    _spectra("no_gru", "SPECTRA without the state through depth"),
+    _spectra("no_repulsion", "SPECTRA whose experts do not repel each other"),
+    _spectra("no_quota", "SPECTRA with plain top-k of the plan"),
+    _spectra("no_ortho", "SPECTRA without the orthogonality loss"),
+    _spectra("all_removed", "a shared cosine gate with top-k and a balancing loss", losses={"aux": 0.01}),
+    _spectra("as_shipped", "SPECTRA as its code was: the least similar experts, a quota that leaks", "as shipped"),
+]
+
+# %% ../../nbs/19_routers.zoo.ipynb #bbe8b44b
+_LAST = [
+    _row(
+        "uniform",
+        Uniform,
+        "the k strongest experts with equal weights",
+        "token",
+        "control",
+        trainable=False,
+        example=_TWO,
     )
-}
+]
+_PARTS = (_TRAINED, _CONTROLS, _SHIPPED, _ADAPTIVE, _SPECTRAS, _LAST)
+ROUTERS: dict[str, Row] = {row.name: row for part in _PARTS for row in part}  # by name
 
 # %% ../../nbs/19_routers.zoo.ipynb #cf52bb29
 def find_row(
@@ -418,21 +270,16 @@ def make_rule(
     for parameter in params:
         known(parameter, row.parameters, f"parameter of {row.name}")
     params = {**row.defaults, **params}
-    missing = [
-        f.name
-        for f in fields(row.rule)
-        if f.init and f.default is MISSING and f.default_factory is MISSING and f.name not in params
-    ]
+    required = [f.name for f in fields(row.rule) if f.init and f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in params]
     if missing:
-        raise ValueError(
-            f"{row.name} needs {' and '.join(missing)}: make_rule({row.name!r}, {', '.join(m + '=...' for m in missing)})"
-        )
+        call = f"make_rule({row.name!r}, {', '.join(m + '=...' for m in missing)})"
+        raise ValueError(f"{row.name} needs {' and '.join(missing)}: {call}")
     try:
         return row.rule(**params)
     except TypeError as e:
-        raise ValueError(
-            f"a parameter of {row.name} has a wrong type ({e}): got { {n: v for n, v in params.items() if n != 'null'} }"
-        ) from e
+        given = {n: v for n, v in params.items() if n != "null"}
+        raise ValueError(f"a parameter of {row.name} has a wrong type ({e}): got {given}") from e
 
 # %% ../../nbs/19_routers.zoo.ipynb #c8895047
 _ALWAYS_ONE = ("renorm", "softk", "sum", "uniform", "one")  # weight conventions under which a lone expert weighs 1
@@ -443,23 +290,32 @@ def _check_size(row: Row, num_experts: int, k: int | None, capacity_factor: floa
     in_range(whole(num_experts, "num_experts"), 1, float("inf"), "num_experts")
     if capacity_factor is not None:
         in_range(capacity_factor, 0, float("inf"), "capacity_factor (None is dropless)", open_low=True, open_high=True)
+    what = f"k of {row.name} with {num_experts} experts"
     if k is not None:
-        in_range(whole(k, "k"), 1, num_experts, f"k of {row.name} with {num_experts} experts")
-    return in_range(
-        row.defaults.get("k") or row.fixed_k or k or min(8, num_experts),
-        1,
-        num_experts,
-        f"k of {row.name} with {num_experts} experts",
-    )
+        in_range(whole(k, "k"), 1, num_experts, what)
+    return in_range(row.defaults.get("k") or row.fixed_k or k or min(8, num_experts), 1, num_experts, what)
+
+
+def _check_learns(row: Row, rule: Rule):
+    "Refuse a gate that is meant to be trained, but whose only expert always weighs 1."
+    if (
+        row.trainable
+        and row.chooses != "expert"
+        and "k" in row.parameters
+        and getattr(rule, "weigh", "") in _ALWAYS_ONE
+    ):
+        raise ValueError(
+            f"{row.name} at k = 1 would never train its gate: one expert with {rule.weigh} weights always weighs 1; "
+            "choose weigh='native', a larger k, or the router 'switch'"
+        )
 
 
 def _rules(row: Row, rule: Rule, capacity_factor: float | None, refuse: str, renorm: bool) -> tuple[Rule, Rule | None]:
     "The rules of training and of evaluation, under a capacity."
     if capacity_factor is None or row.capacity == "never":
         return rule, row.evaluate(rule) if row.evaluate else None
-    cap = lambda r: Capped(
-        r, capacity_factor, by=refuse, renorm=renorm and getattr(r, "weigh", "") != "one"
-    )  # a weight of 1 is no share of anything
+    share = lambda r: renorm and getattr(r, "weigh", "") != "one"  # a weight of 1 is no share of anything
+    cap = lambda r: Capped(r, capacity_factor, by=refuse, renorm=share(r))
     if row.capacity != "limit":
         rule = replace(rule, capacity_factor=capacity_factor)
     later = cap(row.evaluate(rule)) if row.evaluate else None
@@ -477,38 +333,25 @@ def make_router(
     losses: dict[str, float] | None = None,  # None: the row's
     **params,  # of its rule, or of its router class (u, horizon, ...)
 ) -> Router:
-    "A scorer with freshly drawn weights (torch's global generator), a rule by name, its losses, steering and capacity."
+    """A scorer with fresh weights (torch's global generator), a rule by name, its losses, steering and capacity.
+
+    ValueError for an unknown name or parameter, a value out of range, or a gate that could not learn.
+    """
     row = find_row(name)
     known(refuse, ("position", "score"), "order of refusal")
     for parameter in params:
         known(parameter, row.parameters + row.router_parameters, f"parameter of {row.name}")
     k = _check_size(row, num_experts, k, capacity_factor)
     rule = make_rule(row, **{**row.training, **{n: v for n, v in params.items() if n in row.parameters}})
-    if (
-        row.trainable
-        and "k" in row.parameters
-        and k == 1
-        and "weigh" not in params
-        and getattr(rule, "weigh", "") in _ALWAYS_ONE
-        and row.chooses != "expert"
-    ):
-        raise ValueError(
-            f"{row.name} at k = 1 would never train its gate: one expert with {rule.weigh} weights always weighs 1; choose weigh='native', a larger k, or the router 'switch'"
-        )
+    if k == 1 and "weigh" not in params:
+        _check_learns(row, rule)
     rule, later = _rules(row, rule, capacity_factor, refuse, renorm)
-    return row.router(
-        rule,
-        hidden_size,
-        num_experts,
-        k,
-        eval_rule=later,
-        losses=row.losses if losses is None else losses,
-        **{**row.scorer, **{n: v for n, v in params.items() if n not in row.parameters}},
-    )
+    losses = row.losses if losses is None else losses
+    scorer = {**row.scorer, **{n: v for n, v in params.items() if n not in row.parameters}}
+    return row.router(rule, hidden_size, num_experts, k, eval_rule=later, losses=losses, **scorer)
 
 # %% ../../nbs/19_routers.zoo.ipynb #c69f37ce
-_H = 16
-_E = 8  # of the routers that are examined; H and E differ, so that a tensor's first axis tells whether it belongs to experts
+_H, _E = 16, 8  # of the routers that are examined; H and E differ: a tensor's first axis tells what it belongs to
 
 
 def example_router(
@@ -531,8 +374,8 @@ def example_router(
 
 # %% ../../nbs/19_routers.zoo.ipynb #827c3feb
 def example_context(
-    sequences: int,
-    length: int,  # a batch, flattened row by row
+    sequences: int,  # of a batch, flattened row by row
+    length: int,  # of a sequence, tokens; T = sequences x length
     token_id: Tensor | None = None,  # (T,) default: made up
     valid: Tensor | None = None,  # (T,) bool, default: no padding
 ) -> Context:
@@ -559,10 +402,12 @@ def _decisions(row: Row, hidden: Tensor, change: Callable[[Router], None] = lamb
 
 
 def _hidden(seed: int = 1) -> Tensor:
+    "Hidden states (64, H)."
     return torch.randn(64, _H, generator=torch.Generator().manual_seed(seed)) * 1.5
 
 
 def _same(a: Routing, b: Routing) -> bool:
+    "Are two decisions equal, experts and weights?"
     return torch.equal(a.experts, b.experts) and torch.equal(a.weights, b.weights)
 
 # %% ../../nbs/19_routers.zoo.ipynb #ceb1db2c
@@ -605,17 +450,13 @@ def gradient_as_said(row: Row) -> str:
     "The scorer gets a gradient from the weights if the row says trainable, and none if it does not."
     router = example_router(row).train()
     weights = router(_hidden(), example_context(4, 16))[0].weights
-    found = (
-        torch.autograd.grad(weights.square().sum(), list(router.parameters()), allow_unused=True)
-        if weights.requires_grad
-        else ()
-    )
+    found, scorer = (), list(router.parameters())
+    if weights.requires_grad:
+        found = torch.autograd.grad(weights.square().sum(), scorer, allow_unused=True)
     reached = any(g is not None and bool(g.abs().max() > 1e-4) for g in found)
-    return (
-        ""
-        if reached == row.trainable
-        else f"trainable={row.trainable}, but the gradient {'reaches' if reached else 'does not reach'} the scorer"
-    )
+    if reached == row.trainable:
+        return ""
+    return f"trainable={row.trainable}, but the gradient {'reaches' if reached else 'does not reach'} the scorer"
 
 
 def ties_deterministic(row: Row) -> str:
@@ -650,7 +491,7 @@ CONTRACTS: dict[str, Callable[[Row], str]] = {  # name -> f(row) -> what is wron
     _IDS: permutes,
     "gradient reaches the gate as the row says": gradient_as_said,
     "ties are deterministic": ties_deterministic,
-    "padding takes no capacity": padding_takes_nothing,
+    _PADS: padding_takes_nothing,
 }
 
 
@@ -682,10 +523,12 @@ def _decide(router: Router, hidden: Tensor, token_id: Tensor, valid: Tensor) -> 
 
 
 def _moved(a: Tensor, b: Tensor) -> bool:
+    "Did a decision change beyond rounding?"
     return not torch.allclose(a, b, atol=1e-4)
 
 
 def _later(router, before, hidden, ids, valid, new):
+    "Do other tokens later in a sequence move what comes before?"
     cut = 3 + int(new[1][0, 0]) % 8  # later tokens of one sequence
     h, i = hidden.clone(), ids.clone()
     h[0, cut:], i[0, cut:] = new[0][0, cut:], new[1][0, cut:]
@@ -693,6 +536,7 @@ def _later(router, before, hidden, ids, valid, new):
 
 
 def _others(router, before, hidden, ids, valid, new):
+    "Does it move a sequence to stand among others, or alone?"
     for b in range(len(valid)):
         h, i = new[0].clone(), new[1].clone()
         h[b], i[b] = hidden[b], ids[b]
@@ -704,6 +548,7 @@ def _others(router, before, hidden, ids, valid, new):
 
 # %% ../../nbs/19_routers.zoo.ipynb #34809727
 def _padding(router, before, hidden, ids, valid, new):
+    "Does it move a token what padding holds, or how much there is?"
     h, i = hidden.where(valid[..., None], new[0]), ids.where(valid, new[1])
     if _moved(_decide(router, h, i, valid)[valid], before[valid]):
         return True
@@ -738,37 +583,33 @@ def invariances(
     return stays
 
 # %% ../../nbs/19_routers.zoo.ipynb #c986bc93
+def _zoo_row(row: Row, draws: int) -> dict:
+    "A router's line of the table."
+    yes = {True: "yes", False: "no"}
+    evaluated, trained = invariances(row, draws=draws), invariances(row, training=True, draws=draws)
+    says = {w: yes[v] + (f" (training: {yes[trained[w]]})" if trained[w] != v else "") for w, v in evaluated.items()}
+    k = row.defaults.get("k") or row.fixed_k or ("E" if row.rule is Dense else "k")
+    return {
+        "router": row.name,
+        "group": row.group,
+        "chooses": row.chooses,
+        "k": "adaptive" if row.adaptive else k,
+        "trainable": yes[row.trainable],
+        "causal": says["causal"],
+        "batch-invariant": says["batch"],
+        "padding-invariant": says["padding"],
+        "losses": " ".join(f"{n} {c:g}" for n, c in example_router(row).losses.items()),
+        "steered": yes[row.router is not Router],
+        "needs": ", ".join((*row.needs, *("null",) * row.needs_null)),
+        "paper": row.paper,
+        "exempt": "; ".join(row.exempt.values()),
+    }
+
+
 def zoo_table(
     draws: int = 6,  # batches for the three verdicts
 ):  # a pandas DataFrame, one row a router
     "Every router with its facts and its computed verdicts; where training decides otherwise, both are given."
     import pandas as pd
 
-    yes = {True: "yes", False: "no"}
-    rows = []
-    for row in ROUTERS.values():
-        evaluated, trained = invariances(row, draws=draws), invariances(row, training=True, draws=draws)
-        says = {
-            w: yes[evaluated[w]] + (f" (training: {yes[trained[w]]})" if trained[w] != evaluated[w] else "")
-            for w in evaluated
-        }
-        rows.append(
-            {
-                "router": row.name,
-                "group": row.group,
-                "chooses": row.chooses,
-                "k": "adaptive"
-                if row.adaptive
-                else row.defaults.get("k") or row.fixed_k or ("E" if row.rule is Dense else "k"),
-                "trainable": yes[row.trainable],
-                "causal": says["causal"],
-                "batch-invariant": says["batch"],
-                "padding-invariant": says["padding"],
-                "losses": " ".join(f"{n} {c:g}" for n, c in example_router(row).losses.items()),
-                "steered": yes[row.router is not Router],
-                "needs": ", ".join((*row.needs, *("null",) * row.needs_null)),
-                "paper": row.paper,
-                "exempt": "; ".join(row.exempt.values()),
-            }
-        )
-    return pd.DataFrame(rows).set_index("router")
+    return pd.DataFrame([_zoo_row(row, draws) for row in ROUTERS.values()]).set_index("router")

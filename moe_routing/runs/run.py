@@ -63,6 +63,8 @@ def _execute(path: Path, folder: Path, parameters: dict, root: Path, show: bool)
     tried once more."""
     import papermill as pm
 
+    from moe_routing.runs.warm import engine
+
     end_process(read_json(folder / "kernel.json"), str(folder))
     write_atomic(folder / "owner.json", json.dumps(process_identity()))
     for name in ("result.json", "finished"):
@@ -77,6 +79,7 @@ def _execute(path: Path, folder: Path, parameters: dict, root: Path, show: bool)
         "stderr_file": sys.stderr if show else None,
     }
     options["extra_arguments"] = ["--log-level=50"]  # a kernel's start-up remarks are not ours
+    options["engine_name"] = engine()
     for attempt in (1, 2):
         try:
             pm.execute_notebook(path, folder / "run.ipynb", {**parameters, "out": str(folder)}, **options)

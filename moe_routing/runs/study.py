@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from base64 import b64encode
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
@@ -557,6 +557,8 @@ def run_study(
 ) -> int:  # 0 when all is done
     """Run a study with Snakemake, then say where the report lies, how the runs compare with the published ones, or
     what failed."""
+    from moe_routing.runs.warm import warm_server  # brings papermill along
+
     root = find_root()
     plan, more = plan_study(name, overrides, root), more or []
     _refuse_if_running(plan, root)
@@ -567,7 +569,8 @@ def run_study(
     command += ["--cores", str(cores or os.cpu_count()), plan.study.name, *_QUIET, *more, *packed]
     dry = "--dry-run" in more
     log = plan.folder / plan.study.log if plan.study.log and not dry else None
-    code = _shown_and_kept(command, root, log, f"{plan.study.name} {config and overrides or ''}")
+    with nullcontext() if dry else warm_server():
+        code = _shown_and_kept(command, root, log, f"{plan.study.name} {config and overrides or ''}")
     if not dry:
         _closing(plan, root, code)
     return code

@@ -141,7 +141,9 @@ def exported(notebook: Path, form: str) -> str:  # "markdown" or "html"
     "What an executed notebook displays, without its code."
     import nbconvert
 
-    exporter = {"markdown": nbconvert.MarkdownExporter, "html": nbconvert.HTMLExporter}[form](exclude_input=True)
+    exporter = {"markdown": nbconvert.MarkdownExporter, "html": nbconvert.HTMLExporter}[form](
+        exclude_input=True, exclude_markdown=True
+    )
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     if form == "markdown":
         exporter.register_preprocessor(_MarkdownOnly, enabled=True)

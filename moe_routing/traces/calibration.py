@@ -25,52 +25,41 @@ from .format import Trace
 from .recorder import record
 
 # %% ../../nbs/53_traces.calibration.ipynb #c1d8b97c
+def _calibration_batches(tokenizer, rows: list[dict], batch_size: int, max_length: int):
+    "Batches of texts, padded behind, as `record` takes them."
+    options = dict(return_tensors="pt", padding=True, truncation=True, max_length=max_length, padding_side="right")
+    for i in range(0, len(rows), batch_size):
+        part = rows[i : i + batch_size]
+        texts = [r["text"] for r in part]
+        yield {**tokenizer(texts, **options), "sample": [r["id"] for r in part], "texts": texts}
+
+# %% ../../nbs/53_traces.calibration.ipynb #35f17a0b
 def calibration_trace(
     model,
     tokenizer,
     source: str = "embedded",  # embedded, local, hub or auto, as in `corpora`
     texts: int = 240,  # documents of the calibration split
     max_length: int = 128,  # tokens of each
-    batch_size: int = 16,
+    batch_size: int = 16,  # documents a forward
     cache_dir: Path | None = None,  # default: cache_dir of settings.ini
-) -> Trace:
-    "The model's own logits on calibration texts, recorded once and found again by the fingerprint of the model and the hash of the texts."
+) -> Trace:  # with logits (T, L, E)
+    """The model's own logits on calibration texts, recorded once.
+
+    They are found again by the model's fingerprint and a hash of the texts. ValueError where the texts are missing."""
     in_range(texts, 1, 10**6, "calibration texts")
     in_range(max_length, 2, 10**6, "max_length")
     rows = load_calibration(source, limit=texts)
-    name = hashlib.sha256("\0".join(r["text"] for r in rows).encode()).hexdigest()[:8]
-    folder = (
-        Path(cache_dir or load_settings().cache_dir)
-        / "calibration"
-        / f"{fingerprint(model)}-{source}-{name}-{len(rows)}x{max_length}"
-    )
+    digest = hashlib.sha256("\0".join(r["text"] for r in rows).encode()).hexdigest()[:8]
+    name = f"{fingerprint(model)}-{source}-{digest}-{len(rows)}x{max_length}"
+    folder = Path(cache_dir or load_settings().cache_dir) / "calibration" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "a") as lock:  # processes that start together wait for the first
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / "trace.json").is_file() and (trace := Trace.open(folder)).head["complete"]:
             return trace
-
-        def batches():
-            for i in range(0, len(rows), batch_size):
-                part = rows[i : i + batch_size]
-                encoded = tokenizer(
-                    [r["text"] for r in part],
-                    return_tensors="pt",
-                    padding=True,
-                    truncation=True,
-                    max_length=max_length,
-                    padding_side="right",
-                )
-                yield {**encoded, "sample": [r["id"] for r in part], "texts": [r["text"] for r in part]}
-
-        return record(
-            model,
-            batches(),
-            folder,
-            keep=("logits",),
-            losses=False,
-            dataset={"source": source, "split": "calibration", "texts": len(rows)},
-        )
+        batches = _calibration_batches(tokenizer, rows, batch_size, max_length)
+        about = {"source": source, "split": "calibration", "texts": len(rows)}
+        return record(model, batches, folder, keep=("logits",), losses=False, dataset=about)
 
 # %% ../../nbs/53_traces.calibration.ipynb #c01390b7
 def calibrated_null(
