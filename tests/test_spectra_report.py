@@ -210,7 +210,7 @@ def test_h6(gains, spread, word):
     rows = [{"router": r, "loss": l, "hidden": h} for h, g in sizes for r, l in (("spectra", 2.3 - g), ("switch", 2.3))]
     runs = made_up(rows, spread=spread)[0]
     found = report.h6(runs)
-    times = (4 * 256 + 48 * 96) * 256 / ((4 * 128 + 48 * 96) * 128)
+    times = (4 * 256 + 48 * 96) * 256 / ((4 * 128 + 48 * 96) * 128)  # attention and experts of a layer
     assert found.verdict == word and found.facts["times"] == pytest.approx(times)
     assert len(report.size_table(runs)) == 2 and report.h6(None).verdict == "not testable here"
 
