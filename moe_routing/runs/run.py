@@ -182,7 +182,7 @@ def typed(
     elif kind in (int, float):
         found = _number(value, kind)
     else:
-        found = value if isinstance(value, kind) else None
+        found = value if isinstance(value, list | dict if kind in (list, dict) else kind) else None
     if found is None:
         raise TypeError(f"is no {kind.__name__}")
     return found
