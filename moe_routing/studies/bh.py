@@ -532,6 +532,9 @@ def _honest_titles(axes: dict, t: pd.DataFrame) -> None:
         by_alpha = bh.groupby("alpha").perplexity.mean()
         if not (by_alpha.diff().dropna() < 0).all():
             axes["perplexity"].set_title("Perplexity by alpha")
+    tasks = [c for c in ("lambada_accuracy", "hellaswag_accuracy") if c in t]
+    if tasks and all(bh[c].nunique() <= 1 for c in tasks):
+        axes["accuracy"].set_title("Accuracy does not react to any setting")
     grid = bh.pivot_table(index="k_or_max_k", columns="alpha", values="avg_experts")
     if len(grid) < 2 or not (grid.max() - grid.min()).max() < (grid.max(axis=1) - grid.min(axis=1)).min():
         axes["alpha_sensitivity"].set_title("Mean experts by max k and alpha")
