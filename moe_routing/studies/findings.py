@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,8 +110,13 @@ def fill(
 
 
 def write_readme(root: Path | None = None) -> Path:
-    "README.md from its template docs/readme.md and the published findings. ValueError that names line and key."
+    """README.md from its template docs/readme.md and the published findings, with the figures it shows in figures/.
+    ValueError that names line and key of a finding that is not there."""
     root = Path(root or find_root())
     text = fill((root / "docs" / "readme.md").read_text(), root, "docs/readme.md")
+    for study, what in re.findall(r"\]\(figures/(\w+)-(\w+)\.png\)", text):
+        for kind in ("png", "csv"):
+            name = f"{study}-{what}.{kind}"
+            shutil.copy(root / "papermill_runs" / study / name, root / "figures" / name)
     (root / "README.md").write_text(text)
     return root / "README.md"
