@@ -39,15 +39,15 @@ from ..settings import load_settings
 def tiny_dense(
     steps: int = 200,  # optimizer steps
     seed: int = 0,  # of the initial weights and of the order of the text
-    hidden: int = 64,
-    layers: int = 2,
-    intermediate: int = 128,
-    heads: int = 4,
+    hidden: int = 64,  # H
+    layers: int = 2,  # L
+    intermediate: int = 128,  # width of the MLP
+    heads: int = 4,  # attention heads
     vocab_size: int = 1024,  # pieces of the tokenizer
     documents: int = 400,  # of the embedded world's training part
-    lr: float = 4e-3,
-    length: int = 128,
-    batch: int = 8,  # tokens a sequence, sequences a step
+    lr: float = 4e-3,  # the highest learning rate
+    length: int = 128,  # tokens a sequence
+    batch: int = 8,  # sequences a step
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:  # the model in evaluation mode
     "Train a small dense Llama on the embedded world."
     texts = [r["text"] for r in load_corpus("embedded", "train", limit=documents, seed=0)]

@@ -102,9 +102,9 @@ def matched_rule(
     router: str,  # "top_p" or "threshold"
     reference: Rule,  # whose mean count is to be met
     logits: Tensor,  # (T, L, E) of calibration texts
-    max_k: int,
-    min_k: int = 1,
-    weigh: str = "native",
+    max_k: int,  # experts a token at most
+    min_k: int = 1,  # and at least
+    weigh: str = "native",  # weight convention
 ) -> Rule:
     "A rule whose mean count on calibration logits equals that of a reference."
     target = mean_count(reference, logits)

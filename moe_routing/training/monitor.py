@@ -123,7 +123,10 @@ def decisions(
                 r.as_trained = flag
 
 # %% ../../nbs/45_training.monitor.ipynb #52d83ea9
-def expert_vectors(patch: Patch, block: list[Routing]) -> list[Tensor] | None:
+def expert_vectors(
+    patch: Patch,  # of the model
+    block: list[Routing],  # L records over the same tokens
+) -> list[Tensor] | None:  # (E, R) each
     """For each layer the (E, R) vectors of a record, else the rows of the router's or gate's weight.
 
     None where a layer has neither."""
@@ -168,9 +171,9 @@ def _unpacked(sets: np.ndarray, block: list[Routing]) -> list[Routing]:
 def measure(
     model: nn.Module,
     routing,
-    batches: Iterable,
+    batches: Iterable,  # held out: input ids (B, S) or dictionaries of model inputs
     previous: list[np.ndarray] | None = None,  # the sets of an earlier measurement on the same batches
-    as_trained: bool = False,
+    as_trained: bool = False,  # routers decide by their rule of training
 ) -> tuple[
     list[dict], list[np.ndarray]
 ]:  # one row a layer, as `per_layer` gives them; the expert sets of every batch (L, T, K)
@@ -344,14 +347,18 @@ class RoutingMonitor(TrainerCallback):
         return self
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        "Called by the Trainer."
         _begin(self, args, state)
         _look(self, args, state, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        "Called by the Trainer."
         _look(self, args, state, model)
 
 # %% ../../nbs/45_training.monitor.ipynb #c911cff1
-def logged_metrics(rows: list[dict]) -> list[str]:
+def logged_metrics(
+    rows: list[dict],  # of `load_log`
+) -> list[str]:  # names
     "The metrics that a log holds a number of, without baselines."
     return [
         n
@@ -438,7 +445,10 @@ def _few(handles: list, labels: list[str], most: int = 8) -> tuple[list, list[st
 
 # %% ../../nbs/45_training.monitor.ipynb #9127a837
 def trend_grid(
-    rows: list[dict], metrics: Iterable[str] | None = None, x: str = "share", columns: int = 3
+    rows: list[dict],  # of `load_log`
+    metrics: Iterable[str] | None = None,  # default: all of the log
+    x: str = "share",  # of the training, or "step"
+    columns: int = 3,  # figures in a row
 ):  # matplotlib Figure
     "All trends in one figure, small."
     import matplotlib.pyplot as plt
