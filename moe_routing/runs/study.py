@@ -682,7 +682,9 @@ def golden_cases(
     # a benchmark is about speed, which nothing can be compared with
     cases = {name: (name, {}) for name in templates if not name.startswith("bench_")}
     for name, row in ROUTERS.items():
-        cases[f"train_router {name}"] = ("train_router", {"router": name, **_BRIEF})
+        if not row.needs_null:
+            own = {k: v for k, v in row.example.items() if k != "k"}
+            cases[f"train_router {name}"] = ("train_router", {"router": name, "router_params": own, **_BRIEF})
         if row.router is Router and row.chooses in ("token", "nobody"):  # rules that a pretrained gate can take
             known = template_parameters(template_path("evaluate_router", root))
             given = {k: v for k, v in row.example.items() if k in known}

@@ -250,7 +250,7 @@ def shown_coverage(
     }
     return pd.DataFrame([*rows, {"horizon": "-", "predictor": "chance, computed", **values}])
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #f230320f
 def draw_coverage(table: pd.DataFrame):  # from `coverage_table`; (figure, table)
     "All needed experts, and one of them, among the first m guesses."
     import matplotlib.pyplot as plt
@@ -287,7 +287,7 @@ def recall_table(runs: pd.DataFrame) -> pd.DataFrame:  # horizon, kind, predicto
                 )
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #d7c5b4aa
 def draw_recall(table: pd.DataFrame):  # from `recall_table`; (figure, table)
     "Slot recall by horizon: best learned, best guess that costs nothing, chance."
     import matplotlib.pyplot as plt
@@ -354,7 +354,7 @@ def progression_table(
         rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #ac7cb199
 def progress(run, predictor: str) -> dict:  # hit_1, any_1, hit_2, ...: share of the last value
     "How much of the last hit@1 and any@5 is reached by each epoch of the list."
     seen = watched(run, predictor)
@@ -406,7 +406,7 @@ def ablation_runs(runs: pd.DataFrame) -> dict[str, list]:  # series -> runs, the
     series["settings"] = (found["seed_protocol"][:1], found["seed_settings"])
     return {name: first + more for name, (first, more) in series.items() if first and more}
 
-
+# %% ../../nbs/76_studies.prediction.ipynb #0db33728
 def ablation_table(
     runs: pd.DataFrame,
 ) -> pd.DataFrame:  # series, run, preset, settings, hit, recall, converged, estimate, low, high, p, detectable, verdict

@@ -14,7 +14,7 @@ __all__ = ['COMPARED', 'SHARES', 'FULL', 'VARIANTS', 'SWITCH', 'BASELINES', 'RAN
 
 # %% ../../nbs/75_studies.spectra.ipynb #cf2f4a12
 import json
-from inspect import signature
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ import pandas as pd
 
 from ..core import in_range, known
 from ..figures import PALETTE
-from ..routers.spectra import ABLATIONS, SpectraRouter
+from ..routers.spectra import ABLATIONS, SpectraOptions
 from ..runs.study import load_logs, load_runs, read_records
 from ..stats import mean_interval, minimum_detectable_effect, paired_t, verdicts
 from .routers import windows_of
@@ -370,7 +370,7 @@ def _panels(there: list[str]):
         ax.set_axis_off()
     return fig, axes.flat
 
-
+# %% ../../nbs/75_studies.spectra.ipynb #595281c7
 def draw_trends(
     runs: pd.DataFrame,  # of one setting
     log: pd.DataFrame,  # from `measures_of`
@@ -443,7 +443,7 @@ def sweep_points(
     kept = runs.drop(columns=[c for c in swept if c in runs])
     return kept.assign(**{c: wide[c] for c in swept}, point=point, **measured, trained_cv=trained), swept
 
-
+# %% ../../nbs/75_studies.spectra.ipynb #0f3f94dc
 def sweep_table(
     runs: pd.DataFrame,  # from `study_runs`, of one group or more
 ) -> pd.DataFrame:  # point, val_loss, floor, demand_cv, excess_cv (low, high), worst_cv, cost (low, high), seeds
@@ -508,7 +508,7 @@ def _lines_of(table: pd.DataFrame, names: list[str]) -> tuple[str, pd.Series, pd
     "The x axis (the parameter with most values, the router's default where none was given), and the label of a line."
     numeric = [n for n in names if not table[n].map(lambda v: isinstance(v, bool)).any()]
     x = max(numeric or names, key=lambda n: table[n].map(repr).nunique())
-    usual = {n: p.default for n, p in signature(SpectraRouter).parameters.items()}
+    usual = {f.name: f.default for f in fields(SpectraOptions)}
     others = [n for n in names if n != x]
 
     def label(row):
@@ -518,7 +518,7 @@ def _lines_of(table: pd.DataFrame, names: list[str]) -> tuple[str, pd.Series, pd
 
     return x, table[x].map(lambda v: usual.get(x, v) if v != v else v), table.apply(label, axis=1)
 
-
+# %% ../../nbs/75_studies.spectra.ipynb #54f701c7
 def _axis_of(axes, values: pd.Series) -> pd.Series:  # where each value lies
     "A logarithmic axis where the values ask for it; evenly spaced places where a 0 forbids it, or without numbers."
     plain = values.map(lambda v: isinstance(v, int | float) and not isinstance(v, bool)).all()
@@ -591,7 +591,7 @@ class Search(NamedTuple):
     points: int
     runs: tuple[str, ...]
 
-
+# %% ../../nbs/75_studies.spectra.ipynb #64ea03f4
 def cv_search(
     runs: pd.DataFrame,  # from `study_runs`
     limit: float = TARGET,  # demand CV above its floor
@@ -835,7 +835,7 @@ def domain_table(gains: pd.DataFrame) -> pd.DataFrame:  # from `domain_gains`
         rows.append({"domain": domain, "windows": x.shape[1], "gain": i.estimate, "low": i.low, "high": i.high})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/75_studies.spectra.ipynb #1a8e7f9e
 def contrast(
     first: np.ndarray,  # (S, W1)
     second: np.ndarray,  # (S, W2)
@@ -902,7 +902,7 @@ def long_table(table: pd.DataFrame) -> pd.DataFrame:  # from `by_length`
         rows.append({**row, "seconds": f"{part.seconds.mean():.1f}"})
     return informative(pd.DataFrame(rows), keep=("seeds", *LONG_MEASURES.values()))
 
-
+# %% ../../nbs/75_studies.spectra.ipynb #15deecb4
 def long_differences(
     table: pd.DataFrame,  # from `by_length`
     against: str = "spectra_no_gru",
