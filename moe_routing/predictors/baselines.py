@@ -281,7 +281,7 @@ class Predictor(nn.Module):
 
 
 def move(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    "The batch on a device."
+    "The batch, tensors (B, S, ...) by name, on a device."
     return batch if device.type == "cpu" else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 # %% ../../nbs/51_predictors.baselines.ipynb #60e11553

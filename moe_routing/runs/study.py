@@ -692,7 +692,7 @@ def golden_cases(
     return cases
 
 
-_BRIEF = {"steps": 4, "eval_every": 2, "windows": 8}
+_BRIEF = {"steps": 4, "eval_every": 2, "windows": 8, "match": "width"}
 
 
 def golden_result(

@@ -393,7 +393,7 @@ def draw_trends(
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=6.5)
     return fig, t
 
-# %% ../../nbs/75_studies.spectra.ipynb #595281c7
+# %% ../../nbs/75_studies.spectra.ipynb #8093f53b
 def draw_layers(
     runs: pd.DataFrame,  # of one setting
     log: pd.DataFrame,  # from `measures_of`

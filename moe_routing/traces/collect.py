@@ -238,7 +238,7 @@ def _run(recorder: Recorder, model, tokenizer, plan: _Plan, experts: str, progre
 
 # %% ../../nbs/58_traces.collect.ipynb #c82cf80e
 def significant(
-    x: Tensor,  # any shape
+    x: Tensor,  # any shape (...,)
     digits: int = 4,  # that are kept
 ) -> list:
     "Nested lists of numbers rounded to some significant digits: short JSON that still means the same."
