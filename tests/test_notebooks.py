@@ -13,8 +13,13 @@ from conftest import ROOT
 WARM = ["torch", "transformers", "pandas", "matplotlib.pyplot", "datasets", "nbdev.test", "execnb.shell", "lazy_loader"]
 LIMIT = 600  # seconds a notebook may take
 
+# These read findings of studies whose runs on the shipped model are still to come (AWAITING in the Makefile).
+AWAITING = {"claims", "report", "week", "prediction"}
+
 NOTEBOOKS = sorted(
-    p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.parent.name != "runs"
+    p
+    for p in (ROOT / "nbs").rglob("*.ipynb")
+    if ".ipynb_checkpoints" not in p.parts and p.parent.name != "runs" and p.stem not in AWAITING
 )  # the templates run in test_golden.py
 
 
