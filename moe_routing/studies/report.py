@@ -194,6 +194,8 @@ def publish_report(
 def published_studies(root: Path | None = None) -> list[str]:
     "The names of the studies that have a published record and a report."
     root = Path(root or find_root())
-    there = sorted(f.parent.name for f in (root / "papermill_runs").glob("*/runs.jsonl"))
+    there = sorted(
+        f.parent.name for f in (root / "papermill_runs").glob("*/runs.jsonl") if (f.parent / "findings.json").is_file()
+    )
     plans = {n: root / "papermill_runs" / "studies" / f"{n}.yaml" for n in there}
     return [n for n, file in plans.items() if file.is_file() and load_study(file).report]
