@@ -10,7 +10,7 @@ COMMANDS = set(
     "usepackage textbackslash textasciitilde textasciicircum multicolumn pm times geq leq Delta section "
     "subsection paragraph item maketitle title author date cite bibliography bibliographystyle "
     "includegraphics linewidth textwidth textheight allowbreak twocolumn icmltitle icmltitlerunning url "
-    "href sloppy operatorname sum ".split()
+    "href sloppy operatorname sum mathrm bar ".split()
 )
 NAMES = r"\\(?:label|input|cite|begin|end|includegraphics|usepackage|documentclass|bibliography|bibliographystyle|url)"
 TOKEN = re.compile(r"\\\\|\\[{}]|\\begin\{[^}]*\}|\\end\{[^}]*\}|[{}]")

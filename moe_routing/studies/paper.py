@@ -109,12 +109,12 @@ def _study(folder: Path, name: str, title: str) -> Published:
     there = [(file, caption) for caption, file in figures if (folder / name / file).is_file()]
     return Published(name, title, question, read_findings(folder / name), there)
 
-# %% ../../nbs/85_studies.paper.ipynb #583af361
+# %% ../../nbs/85_studies.paper.ipynb #20522fa7
 def form(
     text: str,  # with marks
     kind: str,  # tex, html, md
 ) -> str:
-    "A sentence in one of the forms. ValueError for an unknown form or reference."
+    "A sentence in one of the forms; ValueError for an unknown form. A reference that is not known is text."
     plain = {"tex": escape, "html": html.escape, "md": _markdown}[known(kind, ("tex", "html", "md"), "form")]
     code = {"tex": _typewriter, "html": lambda t: f"<code>{html.escape(t)}</code>", "md": lambda t: f"`{t}`"}[kind]
     bold = {"tex": r"\textbf{%s}", "html": "<b>%s</b>", "md": "**%s**"}[kind]
@@ -125,8 +125,8 @@ def form(
             return code(t[1:-1])
         if re.fullmatch(r"\*\*[^*]+\*\*", t):
             return bold % plain(t[2:-2])
-        if m := re.fullmatch(r"\[@(\w+)\]", t):
-            return rf"\cite{{{m[1]}}}" if kind == "tex" else _cited(entries[known(m[1], entries, "reference")], kind)
+        if (m := re.fullmatch(r"\[@(\w+)\]", t)) and m[1] in entries:
+            return rf"\cite{{{m[1]}}}" if kind == "tex" else _cited(entries[m[1]], kind)
         return plain(t)
 
     return "".join(one(t) for t in re.split(r"(`[^`]+`|\*\*[^*]+\*\*|\[@\w+\])", str(text)) if t)
@@ -155,6 +155,7 @@ def compose(
         raise ValueError(f"paper.yaml: {problems[0]}")
     missing = [name for name in about["studies"] if name not in {s.name for s in studies}]
     values = {"studies": studies, "about": about, "papers": references(), "variants": VARIANTS}
+    values["find"] = lambda key: find(key, root)
     values |= {"style": known(style, STYLES, "style"), "missing": missing}
     texts = {
         name: fill_file(
